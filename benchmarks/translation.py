@@ -1,6 +1,6 @@
 """Compare tinylm's translation quality with baselines and JoeyNMT, and its decoding speed with transformers and CTranslate2.
 
-    python benchmarks/translation.py quality --minutes 20 --seeds 3      # the `modern` and `transformer` presets, and baselines
+    python benchmarks/translation.py quality --minutes 20 --seeds 3      # transformers, recurrent networks and baselines
     python benchmarks/translation.py joeynmt --minutes 20                # the same pairs, training time and number of parameters
     python benchmarks/translation.py decoding --run runs/NAME            # beam 5, batch 32, on held-out sentences
     python benchmarks/translation.py invariance --run runs/NAME          # one sentence at a time and in batches of 32
@@ -34,6 +34,19 @@ from tinylm.translation.translator import Translator
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "translate-de-en.yaml"
 REPEATS = 3
+_RECURRENT = "architecture: recurrent_encoder_decoder, n_embd: 256, context_length: 96, dropout: 0.2, tie_embeddings: all"
+MODELS = {
+    "modern": ["model.preset=modern"],
+    # post-norm needs AdamW and a longer warm-up
+    "transformer": [
+        "model.preset=transformer",
+        "training.optimizer={name: adamw, lr: 1e-3, betas: [0.9, 0.98]}",
+        "training.schedule=inverse_sqrt",
+    ],
+    "bahdanau": [f"model={{{_RECURRENT}, preset: bahdanau}}"],
+    "sutskever": [f"model={{{_RECURRENT}, preset: sutskever, n_layer: 2}}"],
+}
+"""The overrides of the recipe for each model."""
 
 
 class Printer(Reporter):
@@ -50,25 +63,23 @@ def interval(ci95: tuple[float, float] | None) -> str:
 
 
 def quality(minutes: float, seeds: int, folder: Path) -> None:
-    """Train both presets with several seeds and print BLEU, chrF and the baselines on the test pairs."""
+    """Train every model with several seeds and print BLEU, chrF and the baselines on the test pairs."""
     for seed in range(seeds):
-        for preset in ("modern", "transformer"):
-            run_folder = folder / f"{preset}-{seed}"
-            overrides = [f"training.minutes={minutes}", f"seed={seed}", f"model.preset={preset}"]
-            if preset == "transformer":  # post-norm needs AdamW and a longer warm-up
-                overrides += ["training.optimizer={name: adamw, lr: 1e-3, betas: [0.9, 0.98]}", "training.schedule=inverse_sqrt"]
+        for name, model in MODELS.items():
+            run_folder = folder / f"{name}-{seed}"
+            overrides = [f"training.minutes={minutes}", f"seed={seed}", *model]
             train(load(RECIPE, overrides), run_folder, device="cpu", overwrite=True)
             options = TranslationEvaluationOptions(split="test")
             result = evaluate_translator(Run.open(run_folder), options=options, reporter=Printer())
             scores = result.scores
             print(
-                f"{preset} seed {seed}: BLEU {scores.bleu:.2f} ({interval(scores.bleu_ci95)}), chrF {scores.chrf:.2f}, "
+                f"{name} seed {seed}: BLEU {scores.bleu:.2f} ({interval(scores.bleu_ci95)}), chrF {scores.chrf:.2f}, "
                 f"loss {result.loss:.4f}"
             )
-            for name, baseline in result.baselines.items():
-                paired = result.against_baselines[name]
+            for baseline_name, baseline in result.baselines.items():
+                paired = result.against_baselines[baseline_name]
                 difference = f"BLEU of model minus baseline {paired.difference:+.2f} ({interval(paired.ci95)})"
-                print(f"  {name}: BLEU {baseline.bleu:.2f}, chrF {baseline.chrf:.2f}, {difference}")
+                print(f"  {baseline_name}: BLEU {baseline.bleu:.2f}, chrF {baseline.chrf:.2f}, {difference}")
 
 
 JOEY = """\

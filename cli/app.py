@@ -43,6 +43,7 @@ COMMANDS = {
     "runs": ("Use", "List runs with their steps and held-out metrics."),
     "plot": ("Use", "Plot the training curves of runs."),
     "data": ("Text", "Show training examples, and the tokens in them that the model learns."),
+    "prepare": ("Text", "Clean, filter and deduplicate a large text, and encode it for training."),
     "tokenize": ("Text", "Train, apply and evaluate tokenizers."),
     "embed": ("Text", "Train, query, evaluate and convert embeddings."),
 }

@@ -1,4 +1,7 @@
-"""`tinylm compare`: compare the recipes and held-out results of runs, and test whether their models differ significantly."""
+"""`tinylm compare`: compare the recipes and held-out results of runs, and test whether their models differ significantly.
+
+Each argument is a run, or an ensemble of several runs, written as `RUN+RUN`.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ from rich.text import Text
 
 from tinylm.data.split_text import PART_NAMES
 from tinylm.data.training_text import WARN_ABOVE, largest_share, percent
+from tinylm.ensemble import Ensemble
 from tinylm.errors import InputError
 from tinylm.evaluation.curves import comparable_metric
 from tinylm.evaluation.metrics import Metric
-from tinylm.run import Run
 
 from .console import (
     DEVICE,
@@ -46,7 +49,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def compare(
     ctx: typer.Context,
-    runs: list[str] = typer.Argument(..., metavar="RUN RUN...", help="Run folders."),
+    runs: list[str] = typer.Argument(..., metavar="RUN RUN...", help="Run folders. RUN+RUN is an ensemble of several runs."),
     on: list[str] | None = typer.Option(
         None,
         "--on",
@@ -65,6 +68,8 @@ def compare(
 ) -> None:
     """Compare the first run with each of the others: recipes, held-out results during training, and losses on the same text.
 
+    RUN+RUN compares an ensemble, which predicts the mean of the runs' probabilities.
+
     The test shows whether the trained models differ on this text. To compare recipes, train each with two or more seeds: runs that
     differ only in the seed are grouped, and their means are compared.
     """
@@ -76,26 +81,25 @@ def compare(
     if on and given_options(ctx, ("split",)):
         raise InputError("mutually exclusive: compare on a split of the runs' own text or on another text", where="--split, --on")
     checked_split(split)
-    opened = [Run.open(path) for path in runs]
-    for run in opened:
-        run.checkpoint()  # report a missing checkpoint before torch is imported
-    metric = comparable_metric(opened)
+    opened = [Ensemble.open(name) for name in runs]  # reports a missing checkpoint before torch is imported
+    every_run = [run for model in opened for run in model.runs]
+    metric = comparable_metric(every_run)
     recipes, curves = _recipe_differences(opened), _curves(opened, metric)
 
     from tinylm.device import set_threads
 
-    if all(run.recipe.objective.name == "translation" for run in opened):
+    if all(run.recipe.objective.name == "translation" for run in every_run):
         from . import compare_translators
 
         if unused := given_options(ctx, ("field", "template", "errors", "stride")):
             raise InputError("has no effect on translation models", where=", ".join(unused))
         set_threads(threads)
-        shared = {"runs": [str(run.path) for run in opened], "recipes": recipes, "curves": curves, "curve_metric": metric.name}
+        shared = {"runs": [model.name for model in opened], "recipes": recipes, "curves": curves, "curve_metric": metric.name}
         if not json:
             console = stdout_console()
             _print_table(console, "recipe", runs, recipes, _formatted)
             _print_table(console, f"{metric.heading} at step{metric.direction}", runs, curves, metric.formatted)
-        compare_translators.compare(opened, on or [], split, shared, device=device, json=json, quiet=quiet)
+        compare_translators.compare(every_run, on or [], split, shared, device=device, json=json, quiet=quiet)
         return
 
     from tinylm.evaluation.comparison import compare_runs, share_text
@@ -104,7 +108,7 @@ def compare(
     set_threads(threads)
     reporter = ConsoleReporter(stderr_console(), quiet=quiet)
     comparison = None
-    if on or share_text(opened, split):
+    if on or share_text(every_run, split):
         text_format = TextFormat(field, template, errors)
         comparison = compare_runs(
             opened, on or (), split=split, stride=stride, text_format=text_format, device=device, reporter=reporter
@@ -112,7 +116,7 @@ def compare(
     text = ", ".join(on) if on else f"the {PART_NAMES[split]}"
     if json:
         document: dict[str, Any] = {
-            "runs": [str(run.path) for run in opened],
+            "runs": [model.name for model in opened],
             "recipes": recipes,
             "curves": curves,
             "curve_metric": metric.name,
@@ -226,19 +230,32 @@ def _formatted(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) and value > 0.01 else f"{value}"
 
 
-def _recipe_differences(runs: list[Run]) -> list[dict[str, Any]]:
-    """Return the recipe keys whose values differ, with the value in each run."""
+def _recipe_differences(models: list[Ensemble]) -> list[dict[str, Any]]:
+    """Return the recipe keys whose values differ, with the value in each run.
+
+    For an ensemble, it is the value that all members have in common, or else a list with each member's value.
+    """
     from tinylm.recipe.schema import flattened
 
-    flat = [flattened(run.recipe.as_dict()) for run in runs]
-    keys = list(dict.fromkeys(key for recipe in flat for key in recipe))
-    listed = [{"name": key, "values": [recipe.get(key) for recipe in flat]} for key in keys]
+    flat = [[flattened(run.recipe.as_dict()) for run in model.runs] for model in models]
+    keys = list(dict.fromkeys(key for model in flat for recipe in model for key in recipe))
+
+    def value(model: list[dict[str, Any]], key: str) -> Any:
+        values = [recipe.get(key) for recipe in model]
+        return values[0] if all(a == b for a, b in pairwise(values)) else values
+
+    listed = [{"name": key, "values": [value(model, key) for model in flat]} for key in keys]
     return [row for row in listed if any(a != b for a, b in pairwise(row["values"]))]
 
 
-def _curves(runs: list[Run], metric: Metric) -> list[dict[str, Any]]:
-    """Return each run's metric at up to twelve steps at which at least one run was evaluated."""
-    curves = [{event["step"]: event.get(metric.key) for event in run.metrics() if event["kind"] == "eval"} for run in runs]
+def _curves(models: list[Ensemble], metric: Metric) -> list[dict[str, Any]]:
+    """Return each run's metric at up to twelve steps at which at least one run was evaluated. An ensemble has no values."""
+    curves = [
+        {event["step"]: event.get(metric.key) for event in model.runs[0].metrics() if event["kind"] == "eval"}
+        if model.is_single
+        else {}
+        for model in models
+    ]
     steps = sorted({step for curve in curves for step in curve})
     shown = [step for number, step in enumerate(reversed(steps)) if number % max(1, -(-len(steps) // 12)) == 0][::-1]
     return [{"name": step, "values": [curve.get(step) for curve in curves]} for step in shown]

@@ -25,6 +25,7 @@ from tinylm.reporting import Advance, Reporter
 from . import styles
 
 if TYPE_CHECKING:
+    from tinylm.ensemble import Ensemble
     from tinylm.run import Run
 
 JSON = typer.Option(False, "--json", help="Print one JSON document on stdout.")
@@ -33,6 +34,16 @@ DEVICE = typer.Option("auto", "--device", help="The device: auto, cpu, cuda or m
 THREADS = typer.Option(None, "--threads", min=1, help="Number of CPU threads. Default: one per core.")
 RUN = typer.Option(
     None, "--run", "-r", help="A run folder or a checkpoint folder. Default: $TINYLM_RUN, or the newest run in runs/."
+)
+RUNS = typer.Option(
+    None,
+    "--run",
+    "-r",
+    help="A run folder or a checkpoint folder. Several form an ensemble, which predicts the mean of their probabilities. "
+    "Default: $TINYLM_RUN, or the newest run in runs/.",
+)
+CHECKPOINTS = typer.Option(
+    None, "--checkpoint", help="The checkpoint: best, last or a step. Several form an ensemble. Default: best."
 )
 CHECKPOINT = typer.Option(None, "--checkpoint", help="The checkpoint: best, last or a step. Default: best.")
 SET = typer.Option(None, "--set", metavar="SECTION.KEY=VALUE", help="Set a recipe key. Can be repeated.")
@@ -242,6 +253,20 @@ def open_run(path: str | None, console: StderrConsole, *, quiet: bool) -> Run:
     if not quiet and "TINYLM_RUN" not in os.environ:
         console.print_line(f"using {run.path}", "dim")
     return run
+
+
+def open_ensemble(
+    paths: Sequence[str] | None, checkpoints: Sequence[str] | None, console: StderrConsole, *, quiet: bool
+) -> Ensemble:
+    """Open the model from --run and --checkpoint. With several runs or checkpoints, it is an ensemble.
+
+    The default run is the same as for `open_run`.
+    """
+    from tinylm.ensemble import Ensemble
+    from tinylm.run import Run
+
+    runs = [Run.open(path) for path in paths] if paths else [open_run(None, console, quiet=quiet)]
+    return Ensemble.of(runs, checkpoints or ())
 
 
 def write_stdout(text: str, *, end: str = "\n") -> None:

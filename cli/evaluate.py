@@ -22,13 +22,13 @@ from rich.text import Text
 from tinylm.errors import InputError
 
 from .console import (
-    CHECKPOINT,
+    CHECKPOINTS,
     DEVICE,
     ERRORS,
     FIELD,
     JSON,
     QUIET,
-    RUN,
+    RUNS,
     SPLIT,
     TEMPLATE,
     THREADS,
@@ -38,7 +38,7 @@ from .console import (
     checked_split,
     checked_weights,
     given_options,
-    open_run,
+    open_ensemble,
     pluralize,
     print_fields,
     print_json,
@@ -48,6 +48,8 @@ from .console import (
 from .evaluation_request import EvaluationRequest
 
 if TYPE_CHECKING:
+    from tinylm.ensemble import Ensemble
+    from tinylm.evaluation.ensembles import BestMember
     from tinylm.evaluation.evaluate_run import Evaluation
     from tinylm.run import Run
 
@@ -72,7 +74,7 @@ _COMMON_OPTIONS = ("source", "run", "checkpoint", "device", "threads", "json", "
 _LANGUAGE_MODEL_OPTIONS = (*_TEXT_OPTIONS, "stride")
 _EVALUATORS = {"masked_lm": "evaluate_masked", "classification": "evaluate_classifier", "translation": "evaluate_translator"}
 """The evaluation module for each objective. Each module defines `evaluate` and `OPTIONS` (the options that it supports)."""
-_TABLE_TITLES = {"document": "document", "position": "context length", "frequency": "count in training text"}
+_TABLE_TITLES = {"source": "source", "document": "document", "position": "context length", "frequency": "count in training text"}
 
 
 @app.command()
@@ -90,8 +92,8 @@ def evaluate(
         None, "--stride", help="Number of tokens between window starts. Default: the window length, so that windows do not overlap."
     ),
     split: str = SPLIT,
-    run: str | None = RUN,
-    checkpoint: str | None = CHECKPOINT,
+    run: list[str] | None = RUNS,
+    checkpoint: list[str] | None = CHECKPOINTS,
     across_documents: bool = typer.Option(
         False, "--across-documents", help="Let windows cross document boundaries. By default, each document is scored separately."
     ),
@@ -128,10 +130,12 @@ def evaluate(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Evaluate a model on a text. Every token is scored once, and documents are scored independently.
+    """Evaluate a model, or an ensemble of several, on a text. Every token is scored once, and documents are scored independently.
 
     A smaller --stride gives each token more context, which takes longer and lowers the loss. The model's objective determines what
     is measured: a masked model predicts masked tokens, and a classifier predicts the labels of labeled texts.
+
+    With several --run or --checkpoint options, the mean of the models' probabilities is evaluated and compared with the best model.
     """
     weight_kind = checked_weights(weights)
     checked_errors(errors)
@@ -139,26 +143,29 @@ def evaluate(
     sources = source or []
     _check_options(ctx, sources, harness, limit, html)
     console = stderr_console()
-    opened = open_run(run, console, quiet=quiet)
+    opened = open_ensemble(run, checkpoint, console, quiet=quiet)  # reports a missing checkpoint before torch is imported
+    first = opened.members[0]
     if harness:
-        task_options = _TaskOptions(checkpoint, stride, limit, device, threads)
-        _evaluate_tasks(opened, sources, task_options, json=json, verbose=console.is_terminal and not quiet)
+        _check_single(opened, "--harness", "evaluates a single model")
+        task_options = _TaskOptions(first.checkpoint.name, stride, limit, device, threads)
+        _evaluate_tasks(first.run, sources, task_options, json=json, verbose=console.is_terminal and not quiet)
         return
     _check_sources(sources)
-    opened.checkpoint(checkpoint)  # report a missing checkpoint before torch is imported
-    evaluator = _evaluator_of(opened, ctx, own_data=not sources)
+    evaluator = _evaluator_of(first.run, ctx, own_data=not sources)
+    if evaluator is not None:
+        _check_single(opened, first.path, "an ensemble cannot be evaluated on this run's own data", hint="specify a SOURCE")
 
     from tinylm.device import set_threads
-    from tinylm.evaluation.evaluate_run import BreakdownOptions, TextFormat, evaluate_run
+    from tinylm.evaluation.evaluate_run import BreakdownOptions, TextFormat, evaluate_ensemble
     from tinylm.evaluation.perplexity import EvaluationOptions
 
     set_threads(threads)
     if evaluator is not None:
         request = EvaluationRequest(
-            opened,
+            first.run,
             sources,
             split=split,
-            checkpoint=checkpoint,
+            checkpoint=first.checkpoint.name,
             field=field,
             template=template,
             errors=errors,
@@ -175,14 +182,13 @@ def evaluate(
         )
         evaluator.evaluate(request)
         return
-    result = evaluate_run(
+    result = evaluate_ensemble(
         opened,
         sources,
         split=split,
         options=EvaluationOptions(context, stride, across_documents=across_documents),
         details=BreakdownOptions(baselines, by_frequency, by_position, by_document, hardest, html),
         text_format=TextFormat(field, template, errors),
-        checkpoint=checkpoint,
         weights=weight_kind,
         device=device,
         reporter=ConsoleReporter(console, quiet=quiet),
@@ -194,6 +200,12 @@ def evaluate(
     _print_tables(stdout_console(), result)
     if html is not None:
         stderr_console().print_line(f"wrote {html}", "dim")
+
+
+def _check_single(ensemble: Ensemble, where: str, problem: str, hint: str = "pass one --run") -> None:
+    """Raise `InputError` if the ensemble has several members."""
+    if not ensemble.is_single:
+        raise InputError(problem, where=where, hint=hint)
 
 
 def _evaluator_of(run: Run, ctx: typer.Context, *, own_data: bool) -> ModuleType | None:
@@ -260,9 +272,14 @@ def _print_totals(console: Console, result: Evaluation) -> None:
     context = f"context {scores.context}, stride {scores.stride}"
     if scores.context is None:
         context = "the state is carried through each document"
+    model = f"{result.run} {result.checkpoint}"
+    if result.members:
+        model = f"the mean probabilities of {len(result.members)} models"
+        if len({member.member.run.recipe.model.context_length for member in result.members}) > 1:
+            context += " (limited by the smallest context length)"
     rows = [
         ("text", f"{result.text}: {', '.join(pluralize(*size) for size in sizes)}"),
-        ("model", f"{result.run} {result.checkpoint}, {context}{weights}"),
+        ("model", f"{model}, {context}{weights}"),
         ("bits per byte", f"{scores.bits_per_byte:.4f}  ({interval})"),
         ("perplexity", f"{scores.perplexity:.3f} per token"),
         ("loss", f"{scores.loss:.4f} nats per token"),
@@ -270,7 +287,8 @@ def _print_totals(console: Console, result: Evaluation) -> None:
     if scores.bits_per_character is not None:
         rows.insert(3, ("bits per character", f"{scores.bits_per_character:.4f}"))
     if result.chosen_by_split:
-        note = "the checkpoint was chosen by its score on this text, so the score is slightly optimistic"
+        chosen = "the checkpoints were chosen by their scores" if result.members else "the checkpoint was chosen by its score"
+        note = f"{chosen} on this text, so the score is slightly optimistic"
         rows.append(
             (
                 "selection",
@@ -280,10 +298,29 @@ def _print_totals(console: Console, result: Evaluation) -> None:
             )
         )
     rows += [("overlap", overlap.describe()) for overlap in result.overlaps]
+    if result.best_member is not None:
+        rows.append(("vs. best model", _versus_best(result.best_member)))
     print_fields(console, rows)
 
 
+def _versus_best(best: BestMember) -> str:
+    """Describe the difference between an ensemble and its best member."""
+    name, comparison = best.score.member.name, best.comparison
+    if comparison is None:
+        return f"{name}; the text is too short for a comparison"
+    low, high = comparison.ci95
+    interval = f"95% interval {low:+.4f} to {high:+.4f}, p = {comparison.p_value:.4f}"
+    return f"{comparison.difference:+.4f} bits per byte relative to {name}  ({interval})"
+
+
 def _print_tables(console: Console, result: Evaluation) -> None:
+    if result.members:
+        table = _table("bits per byte", "perplexity", "loss", text="member")
+        for member in result.members:
+            scores = member.perplexity
+            cells = (f"{scores.bits_per_byte:.4f}", f"{scores.perplexity:.3f}", f"{scores.loss:.4f}")
+            table.add_row(*cells, Text(member.member.name))
+        console.print(table)
     if result.baselines:
         table = _table("bits per byte", text="model")
         models = {f"this model, {result.checkpoint}": result.perplexity.bits_per_byte, **result.baselines}
@@ -293,7 +330,7 @@ def _print_tables(console: Console, result: Evaluation) -> None:
     for name, rows in result.tables.items():
         table = _table(_TABLE_TITLES[name], "tokens", "share", "nats per token", "bits per byte")
         for row in rows:
-            table.add_row(row.name, f"{row.tokens:,}", f"{row.share:.1%}", f"{row.loss:.4f}", f"{row.bits_per_byte:.4f}")
+            table.add_row(Text(row.name), f"{row.tokens:,}", f"{row.share:.1%}", f"{row.loss:.4f}", f"{row.bits_per_byte:.4f}")
         console.print(table)
     if result.hardest:
         table = _table("bits", "token", text="preceding text")

@@ -53,6 +53,9 @@ class PlainView(Observer):
         scores = "  ".join(metric.described(value) for metric, value in event.metrics.items())
         best = "  best so far" if event.best else ""
         self._console.print(f"step {event.step:>6}  held-out {scores}{best}", markup=False)
+        for name, metrics in event.metrics.by_source.items():
+            scores = "  ".join(metric.described(value) for metric, value in metrics.items())
+            self._console.print(f"{'':>11}  {name}: {scores}", markup=False, style="dim")
 
     def note(self, text: str) -> None:
         self._console.print(text, style=styles.WARNING, markup=False)

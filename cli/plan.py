@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from tinylm.cost.plan import Plan
+from tinylm.cost.plan import Plan, SourceUse
 
 from .console import (
     JSON,
@@ -83,6 +83,7 @@ def plan_recipe(recipe: object, reporter: ConsoleReporter, hardware: str | None 
     """Count the tokens in the text and plan the training run. `hardware` is the name of an accelerator, or None for this CPU."""
     from tinylm.cost.plan import BUSY, make_plan
     from tinylm.data.estimate import estimate_text_size
+    from tinylm.ensemble import teacher_runs
     from tinylm.recipe import Recipe
 
     assert isinstance(recipe, Recipe)
@@ -90,7 +91,14 @@ def plan_recipe(recipe: object, reporter: ConsoleReporter, hardware: str | None 
     if not text.exact:
         reporter.note("the number of tokens is estimated from the first few megabytes of text")
     planned = make_plan(
-        recipe, text.vocab_size, text.train_tokens, heldout_tokens=text.heldout_tokens, accelerator=hardware, devices=devices
+        recipe,
+        text.vocab_size,
+        text.train_tokens,
+        heldout_tokens=text.heldout_tokens,
+        source_tokens=text.source_tokens,
+        accelerator=hardware,
+        devices=devices,
+        teachers=[run.recipe.model for run in teacher_runs(recipe)],
     )
     if planned.busy:
         reporter.warn(BUSY)
@@ -121,6 +129,7 @@ def _rows(planned: Plan) -> list[tuple[str, str]]:
             f"{micro_batches} of {planned.micro_batch_size}{devices}",
         ),
         ("training length", f"{steps_text(planned)}, {planned.tokens:,} tokens, {planned.epochs:.2f} epochs"),
+        *(("mixture", _source(use)) for use in planned.sources),
         ("compute", f"{format_count(planned.flops, space=' ')}FLOP"),
         ("peak memory", _memory(planned, devices)),
         ("checkpoint", format_size(planned.checkpoint_bytes)),
@@ -128,6 +137,12 @@ def _rows(planned: Plan) -> list[tuple[str, str]]:
         ("compute-optimal", _compute_optimal(planned)),
         ("repetition", _repetition(planned)),
     ]
+
+
+def _source(use: SourceUse) -> str:
+    from tinylm.recipe.mixture import describe_epochs
+
+    return f"{use.share:.1%} of the sequences from {use.source} ({format_count(use.tokens)} tokens), {describe_epochs(use.epochs)}"
 
 
 def steps_text(planned: Plan) -> str:
@@ -152,6 +167,7 @@ def _memory(planned: Plan, devices: str) -> str:
         "update": memory.update,
         "evaluation": memory.evaluation,
         "saving": memory.saving,
+        **({"teachers": memory.teachers} if memory.teachers else {}),
     }
     listed = ", ".join(f"{name} {format_size(part)}" for name, part in parts.items())
     fits = memory.total <= planned.device_memory_bytes

@@ -8,6 +8,7 @@ import secrets
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,20 +17,20 @@ import typer
 from tinylm.errors import InputError
 
 from .console import (
-    CHECKPOINT,
+    CHECKPOINTS,
     COMPILE,
     DECODING_WEIGHTS,
     DEVICE,
     JSON,
     QUIET,
-    RUN,
+    RUNS,
     THREADS,
     ConsoleReporter,
     checked_text,
     checked_weights,
     format_count,
     given_options,
-    open_run,
+    open_ensemble,
     pluralize,
     print_json,
     stderr_console,
@@ -148,21 +149,23 @@ def sample(
     no_stream: bool = typer.Option(False, "--no-stream", help="Print the text only when it is complete."),
     weights: str | None = DECODING_WEIGHTS,
     compiled: bool | None = COMPILE,
-    run: str | None = RUN,
-    checkpoint: str | None = CHECKPOINT,
+    run: list[str] | None = RUNS,
+    checkpoint: list[str] | None = CHECKPOINTS,
     device: str = DEVICE,
     threads: int | None = THREADS,
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Generate text with a trained model."""
+    """Generate text with a trained model.
+
+    With several --run or --checkpoint options, each token is sampled from the mean of the models' probabilities.
+    """
     _check_combinations(ctx)
     if beams is not None and beams < count:
         raise InputError(f"must be at least -n ({count})", where="--beams")
     weight_kind = None if weights is None else checked_weights(weights)
     console = stderr_console()
-    opened = open_run(run, console, quiet=quiet)
-    chosen = opened.checkpoint(checkpoint)  # report a missing checkpoint before torch is imported
+    opened = open_ensemble(run, checkpoint, console, quiet=quiet)  # reports a missing checkpoint before torch is imported
     inputs = list(_read_prompts(prompt, prompt_file, prompts, field))
     checked_text(force, "--force")
     for texts, option in ((stop, "--stop"), (choice, "--choice")):
@@ -173,10 +176,12 @@ def sample(
 
     target = resolve(device)
     from tinylm.generation.engine import DEFAULT_ROWS, Request
+    from tinylm.generation.ensemble import make_ensemble_decoder
+    from tinylm.generation.precompile import compile_in_background
     from tinylm.generation.sampling import SamplingOptions
-    from tinylm.model.decoder import make_decoder
+    from tinylm.model.decoder import should_compile_for_later
 
-    tokenizer = opened.tokenizer
+    tokenizer = opened.members[0].run.tokenizer
     options = SamplingOptions(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -196,13 +201,11 @@ def sample(
     set_threads(threads)
     reporter = ConsoleReporter(console, quiet=quiet)
     batches = -(-len(inputs) * max(count, best_of or 0) // DEFAULT_ROWS)
-    decoder = make_decoder(
-        opened.network(chosen, target),
-        weights=weight_kind,
-        compiled=compiled,
-        steps=None if interactive else batches * max_new_tokens,
-        reporter=reporter,
-    )
+    steps = None if interactive else batches * max_new_tokens
+    networks = [member.run.network(member.checkpoint, target) for member in opened.members]
+    decoder = make_ensemble_decoder(networks, weights=weight_kind, compiled=compiled, steps=steps, reporter=reporter)
+    if compiled is None and any(should_compile_for_later(network, steps) for network in networks):
+        ctx.call_on_close(partial(compile_in_background, reporter))
     _warn_about_unknown_characters(tokenizer, inputs, reporter)
     generation = _Generation(decoder, tokenizer, template, count)
     if interactive:
@@ -219,7 +222,8 @@ def sample(
         results = _generate_samples(generation, inputs)
     if json:
         documents = [_document(result, tokenizer) for result in results]
-        print_json({"run": str(opened.path), "checkpoint": chosen.name, "seed": seed, "samples": documents})
+        members = {} if opened.is_single else {"members": [member.as_dict() for member in opened.members]}
+        print_json({"run": opened.name, "checkpoint": opened.checkpoint, **members, "seed": seed, "samples": documents})
         return
     if prompts is not None:
         for result in results:
@@ -232,7 +236,8 @@ def sample(
     _print_token_choices(samples, tokenizer)
     if not quiet:
         random_seed = [f"--seed {seed}"] if beams is None else []
-        console.print_line(", ".join([*_statistics(samples), chosen.name, *random_seed]), "dim")
+        model = opened.checkpoint if opened.is_single else f"ensemble of {len(opened.members)}"
+        console.print_line(", ".join([*_statistics(samples), model, *random_seed]), "dim")
 
 
 def _check_combinations(ctx: typer.Context) -> None:

@@ -59,7 +59,7 @@ def show_summary(result: TrainResult, summary: TrainingSummary, console: StderrC
         console.print_line(text, styles.WARNING)
         return
     console.print_line("next:", "dim")
-    for command, purpose in _next_commands(run, summary.task, has_baselines=bool(summary.baselines)):
+    for command, purpose in _next_commands(run, summary):
         console.print_line(f"  {command}   {purpose}", "dim")
 
 
@@ -124,9 +124,9 @@ def _shortened(text: str) -> str:
     return "\n".join(lines) + (" ..." if len(text) > _SAMPLE_CHARACTERS else "")
 
 
-def _next_commands(run: str, task: str, *, has_baselines: bool) -> list[tuple[str, str]]:
-    """Return suggested next commands, each with its purpose. `task` is `TrainingSummary.task`."""
-    commands = _COMMANDS_BY_TASK.get(task, [])
+def _next_commands(run: str, summary: TrainingSummary) -> list[tuple[str, str]]:
+    """Return suggested next commands, each with its purpose."""
+    commands = _COMMANDS_BY_TASK.get(summary.task, [])
     commands = [(name, text.format(run=run), purpose) for name, text, purpose in commands] or [
         ("sample", f'tinylm sample --run {run} --prompt "..."', "generate text"),
         ("serve", f"tinylm serve --run {run}", "try it in a browser"),
@@ -134,8 +134,10 @@ def _next_commands(run: str, task: str, *, has_baselines: bool) -> list[tuple[st
         ("plot", f"tinylm plot {run} --out loss.png", "draw the loss curves"),
         ("inspect", f'tinylm inspect --run {run} --text "..."', "look inside the model"),
     ]
-    if not has_baselines and task not in _COMMANDS_BY_TASK:
+    if not summary.baselines and summary.task not in _COMMANDS_BY_TASK:
         commands.insert(3, ("eval", f"tinylm eval --run {run} --baselines", "compare it with n-gram models and compressors"))
+    if not summary.inspectable:
+        commands = [each for each in commands if each[0] != "inspect"]
     shown = [(command, purpose) for name, command, purpose in commands if name in COMMANDS]
     width = max(len(command) for command, _ in shown)
     return [(f"{command:<{width}}", purpose) for command, purpose in shown]

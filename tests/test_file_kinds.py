@@ -22,6 +22,8 @@ CONTENTS = {
     "cc.en.bin": (struct.pack("<ii", FASTTEXT_MAGIC, 12), "a fastText model"),
     "words.kv": (pickle.dumps({"vectors": 1}, 4), "a gensim pickle"),
     "model.pkl": (pickle.dumps([1, 2]), "a pickle, which can execute code when it is loaded"),
+}
+TOKENIZERS = {
     "o200k.tiktoken": (b"IQ== 0\n", "a tiktoken rank file"),
     "spiece.model": (b"\n\x0e\n\x05<unk>", "a sentencepiece model"),
 }
@@ -36,6 +38,16 @@ def test_every_reader_identifies_a_file_from_another_program(name: str, tmp_path
         with pytest.raises(InputError, match=f"this is {expected}") as error:
             read(path)
         assert error.value.hint
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_tokenizer_is_not_a_model(name: str, tmp_path: Path) -> None:
+    content, expected = TOKENIZERS[name]
+    (tmp_path / name).write_bytes(content)
+    for read in (formats.read, lambda file: import_model(file, tmp_path / "run")):
+        with pytest.raises(InputError, match=f"this is {expected}") as error:
+            read(tmp_path / name)
+        assert "tokenizer.path" in str(error.value.hint)
 
 
 def test_an_adapter_is_not_a_model(tmp_path: Path) -> None:
@@ -68,7 +80,10 @@ def test_a_tokenizer_is_found_in_a_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"found neither tokenizer\.json nor vocab\.json and merges\.txt"):
         Tokenizer.load(tmp_path)
     (tmp_path / "spiece.model").write_bytes(b"\n")
-    with pytest.raises(InputError, match="the folder's tokenizer is a sentencepiece model"):
+    with pytest.raises(InputError, match=r"spiece\.model: not a sentencepiece model"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "a.tiktoken").write_bytes(b"\n")
+    with pytest.raises(InputError, match=r"contains several tokenizers, such as spiece\.model and a\.tiktoken"):
         Tokenizer.load(tmp_path)
     (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}))
     with pytest.raises(InputError, match="no such file"):

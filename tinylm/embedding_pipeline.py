@@ -26,7 +26,7 @@ from tinylm.device import peak_memory_bytes
 from tinylm.embedding.encoded_text import EncodedText, encode_corpus
 from tinylm.embedding.glove import Glove
 from tinylm.embedding.vectors import Vectors
-from tinylm.embedding.word2vec import StepResult, Word2Vec, import_kernels
+from tinylm.embedding.word2vec import StepResult, Word2Vec
 from tinylm.errors import InputError, WorkError
 from tinylm.paths import atomic_write_text
 from tinylm.recipe import EmbeddingRecipe, changes, load_any
@@ -173,7 +173,6 @@ def train_embeddings(
 
 def _train(job: _Job) -> EmbeddingResult:
     """Train in the locked run folder."""
-    import_kernels()  # fail early if numba is missing
     if job.resume:
         Run.open(job.folder, embeddings=True)  # raises if a link points outside the folder
         _check_resumable(job.folder, job.recipe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +32,21 @@ _GENSIM = FileKind(
     "a gensim pickle", "convert it in Python: `KeyedVectors.load(FILE).save_word2vec_format('vectors.bin', binary=True)`"
 )
 _PICKLE = FileKind("a pickle, which can execute code when it is loaded", "save it in another format, such as safetensors")
-_TIKTOKEN = FileKind("a tiktoken rank file", "convert it to a tokenizer.json with transformers' TikTokenConverter")
-_SENTENCEPIECE = FileKind(
-    "a sentencepiece model",
-    "convert it to a tokenizer.json: `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER)` in transformers",
-)
+_TIKTOKEN = FileKind("a tiktoken rank file", "set `tokenizer.path` or --tokenizer to it")
+_SENTENCEPIECE = FileKind("a sentencepiece model", "set `tokenizer.path` or --tokenizer to it")
+
+
+PREPARED_FORMAT = "tinylm-prepared-text"
+"""The value of `format` in the manifest.json of a folder that `tinylm prepare` wrote."""
+
+
+def is_prepared_text(path: str | Path) -> bool:
+    """Whether a path is a folder that `tinylm prepare` wrote."""
+    file = Path(path, "manifest.json")
+    try:
+        return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("format") == PREPARED_FORMAT)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 def identify(path: Path) -> FileKind | None:

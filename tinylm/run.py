@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from tinylm import hints
 from tinylm.data import training_text
 from tinylm.data.shards import Shard, open_shard
+from tinylm.data.source_spans import Span, open_spans
 from tinylm.data.training_text import TrainingText, open_training_texts
 from tinylm.errors import InputError, TinylmWarning
 from tinylm.paths import atomic_write_text, check_utf8, is_temporary, sha256, sync_folder
@@ -380,6 +381,13 @@ class Run:
             raise InputError(f"the tokens are damaged: {problem}", where=str(file), hint=hint)
         return shard
 
+    def heldout_sources(self, shard: Shard, split: str = "heldout") -> tuple[Span, ...]:
+        """Return which tokens of `heldout(split)` belong to which source of a mixture. Empty if the text is not a mixture.
+
+        Raises `InputError` if the record is damaged.
+        """
+        return open_spans(self.path / "heldout", split, shard)
+
     @property
     def has_test_split(self) -> bool:
         return (self.path / "heldout" / "test.npy").exists()
@@ -502,6 +510,10 @@ def _is_event(event: dict[str, Any]) -> bool:
     if "tokens" not in event or (kind == "step" and "loss" not in event):
         return False
     numbers = [value for key, value in event.items() if key.startswith("val_") or key in ("loss", "lr", "grad_norm", "seconds")]
+    by_source = event.get("by_source", {})
+    if not isinstance(by_source, dict) or not all(isinstance(part, dict) for part in by_source.values()):
+        return False
+    numbers += [value for part in by_source.values() for value in part.values()]
     return all(value is None or type(value) is float or (type(value) is int and abs(value) < _LARGEST) for value in numbers)
 
 

@@ -16,7 +16,7 @@ from tinylm.generation.sampling import SamplingOptions
 from tinylm.model.base import Model
 from tinylm.model.classifier import SequenceClassifier
 from tinylm.model.decoder import as_decoder
-from tinylm.model.encoder_decoder import EncoderDecoder
+from tinylm.model.sequence_to_sequence import SequenceToSequence
 from tinylm.recipe import Recipe
 from tinylm.recipe.chat import ChatSection
 from tinylm.recipe.encoder import MaskedLMObjective
@@ -60,7 +60,7 @@ def classified_texts(network: Model, tokenizer: Tokenizer, recipe: Recipe) -> Sa
 
 def translated_texts(network: Model, tokenizer: Tokenizer, recipe: Recipe) -> Samples:
     """Translate each prompt."""
-    assert isinstance(network, EncoderDecoder)
+    assert isinstance(network, SequenceToSequence)
     translator = Translator(network, PairFraming(tokenizer, tokenizer, network.model.context_length))
     for result in translator.translate(recipe.sampling.prompts):
         yield result.source, f" -> {result.translations[0].text}"

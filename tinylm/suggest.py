@@ -159,7 +159,7 @@ class _Draft:
 
     def _lines(self) -> Iterator[tuple[str, str]]:
         """Yield each line of the recipe with its key in `reasons`."""
-        sources = self.data.train
+        sources = self.data.sources()["train"]
         yield f"name: {_quoted(self.name)}", "name"
         yield "seed: 1337", "seed"
         yield "data:", "data"
@@ -237,7 +237,7 @@ def suggest_recipe(
     Raises `InputError` if the text cannot be read or is too short, if it is standard input (which training could not read again),
     if no model fits in memory, or if the budget does not allow `MIN_STEPS` steps of the smallest model.
     """
-    if "-" in data.train:
+    if "-" in data.sources()["train"]:
         raise InputError("standard input cannot be read again for training", where="-", hint="save it to a file")
     draft, summary = _first_draft(name, data, budget)
     draft = replace(draft, for_gguf=for_gguf, ngram_dropout=None if for_gguf else draft.ngram_dropout)
@@ -287,18 +287,19 @@ class _TextSummary:
 
 def _first_draft(name: str, data: DataSection, budget: Budget) -> tuple[_Draft, _TextSummary]:
     """Return a draft with a suitable held-out share, and the sizes of the text."""
-    with Corpus(data.train, field=data.field, template=data.template, errors=data.errors) as corpus:
+    sources = data.sources()["train"]
+    with Corpus(sources, field=data.field, template=data.template, errors=data.errors) as corpus:
         scan = split.scan(corpus.pieces())
         phrases = (_PHRASE.search(piece.text[:PROMPT_CHARACTERS]) for piece in islice(corpus.pieces(), PROMPT_PIECES))
         prompt = next((match[0] for match in phrases if match), "")
     if not scan.characters:
-        raise InputError("the text is empty", where=describe(data.train))
+        raise InputError("the text is empty", where=describe(sources))
     share = float(f"{min(0.1, budget.minutes * HELDOUT_BYTES_PER_MINUTE / scan.bytes, MAX_HELDOUT_BYTES / scan.bytes):.1g}")
     divisible = scan.documents >= MIN_DOCUMENTS and scan.lengths.max() <= share * scan.characters / 2
     by: Literal["document", "tail"] = "document" if divisible and _holds_out(scan, share) else "tail"
     summary = _TextSummary(scan.bytes, scan.documents, int(scan.bytes * (1 - share)), int(scan.bytes * share))
     if summary.train_bytes < MIN_BYTES:
-        raise InputError(f"{scan.bytes:,} bytes are not enough to train on", where=describe(data.train), hint="use a longer text")
+        raise InputError(f"{scan.bytes:,} bytes are not enough to train on", where=describe(sources), hint="use a longer text")
     return _Draft(name, data, share, by, budget.minutes, prompt[:40], batch=_batch(CPU_BATCH_TOKENS // 256, budget)), summary
 
 
@@ -406,7 +407,7 @@ def _reasons(
     passes = f"{plan.epochs:.1f} passes over the text" if plan.epochs < 10 else f"{plan.epochs:.0f} passes over the text"
     heldout = f"{summary.heldout_bytes / 1e3:,.0f} kB to evaluate on"
     return {
-        "head": f"A recipe for {describe(draft.data.train)} ({summary.bytes / 1e6:.2g} MB in {documents}) "
+        "head": f"A recipe for {describe(draft.data.sources()['train'])} ({summary.bytes / 1e6:.2g} MB in {documents}) "
         f"and {_minutes(budget)} on {machine}.\n"
         f"About {_range(plan.steps_range)} steps, {plan.tokens_per_second:,.0f} tokens/s in {plan.precision}. "
         f"docs/reference/recipe.md explains every key.{BUSY_HEAD if busy else ''}",

@@ -94,14 +94,17 @@ def _mix_lines(run: Run) -> str:
     data = run.recipe.data
     if not isinstance(data, DataSection) or not isinstance(data.heldout, HeldoutShare) or data.field != "text" or data.template:
         return ""
-    paths = [os.path.expanduser(source) for source in data.train]
-    if any(source.startswith(("imported:", "-")) for source in data.train):
+    if data.mixture:  # a single held-out share of all sources together would include other text than that run's
         return ""
-    if not all(":" in source or Path(path).exists() for source, path in zip(data.train, paths, strict=True)):
+    sources = data.sources()["train"]
+    paths = [os.path.expanduser(source) for source in sources]
+    if any(source.startswith(("imported:", "-")) for source in sources):
+        return ""
+    if not all(":" in source or Path(path).exists() for source, path in zip(sources, paths, strict=True)):
         return ""
     heldout = f"{{share: {data.heldout.share:g}, by: {data.heldout.by}}}"
     return (
-        f"  mix: {{text: {_quoted(data.train)}, share: {MIX_SHARE:g}, heldout: {heldout}}}"
+        f"  mix: {{text: {_quoted(sources)}, share: {MIX_SHARE:g}, heldout: {heldout}}}"
         "   # text from that run, to reduce forgetting\n"
     )
 

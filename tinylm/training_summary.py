@@ -47,6 +47,8 @@ class TrainingSummary:
     long."""
     task: str = "causal_lm"
     """The name of the run's objective, or "chat" if the model was trained on conversations."""
+    inspectable: bool = True
+    """Whether `tinylm inspect` supports the model."""
 
     @property
     def equally_likely_tokens(self) -> float | None:
@@ -71,6 +73,7 @@ def summarize(run: Run, seconds: float) -> TrainingSummary:
         samples=_first_and_last(read_samples(run)),
         baselines={} if bits is None else _baselines(run, seconds),
         task=run.recipe.objective.name if run.chat_encoder is None else "chat",
+        inspectable=run.recipe.model.inspectable,
     )
 
 

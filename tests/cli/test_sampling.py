@@ -15,6 +15,9 @@ import pytest
 from command import COMMAND, CommandResult, RunCli, environment, error_of
 
 from tinylm.data import shards
+from tinylm.generation import precompile
+from tinylm.native import NativeFunction
+from tinylm.reporting import Reporter
 from tinylm.run import Run
 
 
@@ -121,6 +124,20 @@ def test_compiled_decoding_generates_the_same_text(run_sample: RunCli) -> None:
     compiled = run_sample("--compile", "-n", 3, "--json")
     assert _texts(compiled) == _texts(run_sample("--no-compile", "-n", 3, "--json"))
     assert "compile" not in compiled.err
+
+
+def test_code_that_is_not_compiled_yet_is_compiled_after_the_text_is_printed(
+    run_cli: RunCli, tiny_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Reporter] = []
+    monkeypatch.setattr(NativeFunction, "is_compiled", lambda self: False)
+    monkeypatch.setattr(precompile, "compile_in_background", started.append)
+    options = ("sample", "-r", tiny_run.path, "--max-new-tokens", 200, "--seed", 3, "--json")
+    default = run_cli(*options)
+    assert len(started) == 1
+    assert _texts(default) == _texts(run_cli(*options, "--no-compile"))
+    run_cli(*options, "--max-new-tokens", 20)
+    assert len(started) == 1, "20 tokens do not save the time to load the code"
 
 
 INVALID = {

@@ -110,3 +110,23 @@ def test_added_and_removed_tokens_do_not_change_the_encoding_of_other_text(
     assert "is not in the vocabulary" in error_of(
         run_cli("tokenize", "remove", "zzzz", "-t", tokenizer, "--out", tmp_path / "c.json", *check)
     )
+
+
+def test_export_writes_other_formats_and_prints_what_a_rank_file_lacks(
+    run_cli: RunCli, tiny_run: Run, text_file: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.tiktoken"
+    arguments = ("--to", "tiktoken", "--run", tiny_run.path, "--check-on", text_file)
+    exported = run_cli("tokenize", "export", file, *arguments, "--json").json
+    assert exported["special_tokens"] == {"<|endoftext|>": 399}
+    assert (exported["to"], exported["vocab_size"], exported["verified_with"][0]) == ("tiktoken", 400, "tinylm")
+    assert "already exists" in error_of(run_cli("tokenize", "export", file, *arguments))
+    (tmp_path / "text.txt").write_text("def f(x):\n    return x + 1\n")
+    ids = [
+        run_cli("tokenize", "encode", tmp_path / "text.txt", *option).out
+        for option in (("--run", tiny_run.path), ("-t", f"{file}:gpt4"))
+    ]
+    assert ids[0] == ids[1]
+    run_cli("tokenize", "export", tmp_path / "copy.json", "--to", "json", "-t", f"{file}:gpt4")
+    assert run_cli("tokenize", "encode", tmp_path / "text.txt", "-t", tmp_path / "copy.json").out == ids[0]
+    assert "must be tiktoken or json" in error_of(run_cli("tokenize", "export", file, "--to", "tiktokn"))

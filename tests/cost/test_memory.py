@@ -273,18 +273,20 @@ def test_the_compiled_loss_needs_memory_for_a_chunk_of_logits_and_its_gradient(p
     assert memory.loss_bytes(model, config) == states + head + 8_192 * 50_304 * per_logit
 
 
-@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize(
+    "settings", [{"newton_schulz_dtype": "bf16"}, {"newton_schulz_dtype": "fp32"}, {"orthogonalization": "zolotarev"}], ids=str
+)
 @pytest.mark.parametrize("parts", [{}, {"preset": "llama", "n_kv_head": 1}, {"ngram_embeddings": [2, 3]}])
-def test_muon_bytes_match_the_peak_of_a_muon_step(parts: dict[str, Any], bf16: bool) -> None:
+def test_muon_bytes_match_the_peak_of_a_muon_step(parts: dict[str, Any], settings: dict[str, str]) -> None:
     model = section(**parts)
     network = Transformer(model, VOCAB_SIZE)
-    settings = MuonOptimizer(name="muon", newton_schulz_dtype="bf16" if bf16 else "fp32")
-    muon = groups.build(settings, network).parts["muon"]
+    optimizer = MuonOptimizer.model_validate({"name": "muon", **settings})
+    muon = groups.build(optimizer, network).parts["muon"]
     assert isinstance(muon, Muon)
     for parameter in network.parameters():
         parameter.grad = torch.randn_like(parameter)
     muon.step()
-    assert peak_bytes(muon.step) == pytest.approx(muon_bytes(model, bf16=bf16), rel=0.15)
+    assert peak_bytes(muon.step) == pytest.approx(muon_bytes(model, optimizer), rel=0.15)
 
 
 @pytest.mark.parametrize("preset", DECODER_PRESETS)

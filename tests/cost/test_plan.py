@@ -15,6 +15,7 @@ from tinylm.cost.plan import compute_optimal, make_plan, training_steps
 from tinylm.data.datasets import TokenStream
 from tinylm.errors import InputError
 from tinylm.recipe import Recipe
+from tinylm.recipe.fixed_context import NgramSection
 from tinylm.recipe.schema import TrainingSection
 
 
@@ -114,6 +115,17 @@ def test_compute_optimal_figures_match_the_recipe() -> None:
     best = estimate.compute_optimal
     assert 6 * best.parameters_for_flops * best.tokens_for_flops == pytest.approx(estimate.flops, rel=1e-3)
     assert best.unique_tokens == 100_000
+
+
+def test_a_plan_includes_the_forward_passes_and_the_weights_of_teachers() -> None:
+    alone, same = plan("model.n_layer=3"), recipe("model.n_layer=3").model
+    distilled = plan("model.n_layer=3", teachers=[same, same])
+    assert distilled.flops == pytest.approx(alone.flops * (1 + 2 / 3))  # a forward pass is a third of the FLOPs of a step
+    assert distilled.memory_bytes.teachers == 2 * alone.memory_bytes.weights
+    assert distilled.memory_bytes.total == alone.memory_bytes.total + distilled.memory_bytes.teachers
+    assert distilled.checkpoint_bytes == alone.checkpoint_bytes
+    assert distilled.seconds_per_step == pytest.approx(alone.seconds_per_step * (1 + 2 / 3))
+    assert plan(teachers=[NgramSection()]).not_estimated == ("teacher ngram",)
 
 
 def test_a_plan_lists_the_parts_that_it_ignores() -> None:

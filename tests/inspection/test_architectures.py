@@ -22,7 +22,8 @@ from tinylm.inspection.overview import Inspection, inspect_text
 from tinylm.inspection.page import PageOptions, collect, render
 from tinylm.inspection.tour import MAX_WORDS, tour
 from tinylm.model.classifier import SequenceClassifier
-from tinylm.model.encoder_decoder import START, EncoderDecoder
+from tinylm.model.encoder_decoder import EncoderDecoder
+from tinylm.model.sequence_to_sequence import START
 from tinylm.pipeline import train
 from tinylm.recipe import loads
 from tinylm.reporting import SILENT

@@ -164,7 +164,7 @@ def test_newton_schulz_uses_the_configured_dtype_and_auto_uses_bfloat16_if_the_d
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: supports_bf16 or including_emulation)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: supports_bf16)
     section = MuonOptimizer(name="muon", newton_schulz_dtype=setting)
-    assert groups.resolve_newton_schulz_dtype(section, torch.device(device)) == expected
+    assert groups.resolve_muon(section, torch.device(device)).newton_schulz_dtype == expected
 
 
 @pytest.mark.parametrize("coefficients", ["classic", "polar_express"])

@@ -21,11 +21,13 @@ BASE = "data: {train: my.txt}\ntraining: {steps: 10}\n"
 _LLAMA3 = "model.rope_scaling={type: llama3, factor: 8, original_context: 64}"
 _YARN = "model.rope_scaling={type: yarn, factor: 8, original_context: 64}"
 _TRANSLATOR = "model={architecture: encoder_decoder}"
+_RECURRENT = "model={architecture: recurrent_encoder_decoder}"
 _PAIRS_DATA = "data={train: a.jsonl, format: pairs, heldout: {share: 0.1}}"
 SETTINGS: dict[str, list[str]] = {
     "Recipe.name": ["name=other"],
     "Recipe.seed": ["seed=7"],
-    "DataSection.train": ["data.train=[a.txt, b.txt]"],
+    "MixedSource.source": ["data.train=[{source: a.txt}, {source: [b.txt, c.txt]}]"],
+    "MixedSource.weight": ["data.train=[{source: a.txt, weight: 2}, {source: b.txt, weight: [1, 0.5]}]"],
     "DataSection.field": ["data.field=body"],
     "DataSection.errors": ["data.errors=replace"],
     "DataSection.template": ["data.template='{title}: {body}'"],
@@ -210,6 +212,7 @@ SETTINGS: dict[str, list[str]] = {
     "MuonOptimizer.lr": ["training.optimizer.lr=0.03"],
     "MuonOptimizer.momentum": ["training.optimizer.momentum=0.9"],
     "MuonOptimizer.momentum_warmup": ["training.optimizer.momentum_warmup=30"],
+    "MuonOptimizer.orthogonalization": ["training.optimizer.orthogonalization=zolotarev"],
     "MuonOptimizer.newton_schulz": ["training.optimizer.newton_schulz=classic"],
     "MuonOptimizer.newton_schulz_steps": ["training.optimizer.newton_schulz_steps=4"],
     "MuonOptimizer.newton_schulz_dtype": ["training.optimizer.newton_schulz_dtype=fp32"],
@@ -265,6 +268,8 @@ SETTINGS |= {
     "Replacement.random": [_ENCODER, "objective.replace={mask: 0.8, keep: 0, random: 0.2}"],
     "Replacement.keep": [_ENCODER, "objective.replace={mask: 0.8, random: 0, keep: 0.2}"],
     "CausalLMObjective.mask_prompt": [_CHAT, "objective.mask_prompt=off"],
+    "CausalLMObjective.teacher": ["objective.teacher=[runs/a, runs/b]"],
+    "CausalLMObjective.teacher_weight": ["objective.teacher=runs/a", "objective.teacher_weight=0.75"],
     "ChatSection.train": ["data={train: b.jsonl, format: chat}", "data.train=[a.csv, b.jsonl]"],
     "ChatSection.layout": [_CHAT, "data.layout=alpaca"],
     "ChatSection.messages": [_CHAT, "data.messages=chat"],
@@ -289,6 +294,7 @@ SETTINGS |= {
     "ClassificationObjective.pool": [_LABELS, "objective.pool=mean"],
     "ClassificationObjective.pooler": [_LABELS, "objective.pooler=relu"],
     "ClassificationObjective.label_smoothing": [_LABELS, "objective.label_smoothing=0.1"],
+    "ClassificationObjective.token_dropout": [_LABELS, "objective.token_dropout=0.1"],
     "ClassificationObjective.class_weights": [_LABELS, "objective.class_weights={spam: 2.0, ham: 1.0}"],
     "ClassificationObjective.labels": [_LABELS, "objective.labels=[spam, ham]"],
     "ClassificationObjective.label_counts": [_LABELS, "objective.label_counts=[3, 5]"],
@@ -337,6 +343,15 @@ SETTINGS |= {
     "EncoderDecoderSection.dropout": [_PAIRS_DATA, _TRANSLATOR, "model.dropout=0.3"],
     "EncoderDecoderSection.attention_dropout": [_PAIRS_DATA, _TRANSLATOR, "model.attention_dropout=0.2"],
     "EncoderDecoderSection.logit_softcap": [_PAIRS_DATA, _TRANSLATOR, "model.logit_softcap=15"],
+    "RecurrentEncoderDecoderSection.preset": [_PAIRS_DATA, _RECURRENT, "model.preset=sutskever"],
+    "RecurrentEncoderDecoderSection.cell": [_PAIRS_DATA, _RECURRENT, "model.cell=lstm"],
+    "RecurrentEncoderDecoderSection.n_layer": [_PAIRS_DATA, _RECURRENT, "model.n_layer=3"],
+    "RecurrentEncoderDecoderSection.n_embd": [_PAIRS_DATA, _RECURRENT, "model.n_embd=128"],
+    "RecurrentEncoderDecoderSection.encoder_direction": [_PAIRS_DATA, _RECURRENT, "model.encoder_direction=forward"],
+    "RecurrentEncoderDecoderSection.attention": [_PAIRS_DATA, _RECURRENT, "model.attention=none"],
+    "RecurrentEncoderDecoderSection.context_length": [_PAIRS_DATA, _RECURRENT, "model.context_length=31"],
+    "RecurrentEncoderDecoderSection.tie_embeddings": [_PAIRS_DATA, _RECURRENT, "model.tie_embeddings=output"],
+    "RecurrentEncoderDecoderSection.dropout": [_PAIRS_DATA, _RECURRENT, "model.dropout=0.3"],
     "InverseSqrtSchedule.name": ["training.schedule=inverse_sqrt"],
     "InverseSqrtSchedule.warmup": ["training.schedule=inverse_sqrt", "training.schedule.warmup=0.3"],
     "NoamSchedule.name": ["training.schedule={name: noam, warmup: 5}"],
@@ -360,6 +375,7 @@ ONE_VALUE = {
     "FeedForwardSection.architecture",
     "NgramSection.architecture",
     "EncoderDecoderSection.architecture",
+    "RecurrentEncoderDecoderSection.architecture",
     "PairsSection.format",
     "TranslationObjective.name",
 }

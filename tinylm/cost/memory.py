@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from tinylm.recipe.schema import DecoderSection
+from tinylm.recipe.schema import DecoderSection, MuonOptimizer
 from tinylm.recipe.values import ComputeDtype
 
 LOSS_BYTES = {"cpu": 16 << 20, "gpu": 512 << 20}
@@ -50,6 +50,8 @@ _EVALUATION_WIDTHS = 32
 """Upper bound on the number of float32 values per token and channel that an evaluation stores at a time: the residual stream, a
 wide feed-forward layer, and queries, keys and values."""
 
+ZOLOTAREV_BATCH = 6
+"""Maximum number of matrices that Muon orthogonalizes together with a Zolotarev function. Larger batches are not faster."""
 MMAP_THRESHOLD = 32 << 20
 """Freed tensors of at least this many bytes are returned to the operating system (see `tinylm.training.out_of_memory`)."""
 FRAGMENTATION = 1.4
@@ -288,17 +290,24 @@ def activation_bytes(model: DecoderSection, config: PassConfig) -> int:
     return saved + max(loss_bytes(model, config), backward)
 
 
-def muon_bytes(model: DecoderSection, *, bf16: bool) -> int:
+def muon_bytes(model: DecoderSection, optimizer: MuonOptimizer) -> int:
     """Return the peak bytes of a Muon step, excluding its state.
 
     They consist of the float32 updates before orthogonalization, the updates that are already orthogonalized, and the temporaries
     of the Newton-Schulz iteration. The iteration processes all matrices with the same shape as one stack. Its temporaries are the
-    stack, the matrices before and after an iteration, and two Gram matrices. With `bf16`, it runs in bf16, and the results are
-    cast to float32 when the weights are updated.
+    stack, the matrices before and after an iteration, and two Gram matrices. In bf16, the results are cast to float32 when the
+    weights are updated. With a Zolotarev function, no orthogonalized updates are stored. Each matrix of a batch needs two Gram
+    matrices, and half as much memory to invert them.
     """
-    e = 2 if bf16 else 4
     shapes = matrix_shapes(model)
     elements = sum(rows * columns * count for (rows, columns), count in shapes.items())
+    if optimizer.orthogonalization == "zolotarev":
+        counts: Counter[int] = Counter()
+        for shape, count in shapes.items():
+            counts[min(shape)] += count
+        return 4 * elements + max(12 * n * n * min(count, ZOLOTAREV_BATCH) for n, count in counts.items())
+    bf16 = optimizer.computes_in_bf16
+    e = 2 if bf16 else 4
     peak = done = 0
     for (rows, columns), count in shapes.items():
         stack = rows * columns * count * e

@@ -6,14 +6,14 @@ This module combines the byte counts from `memory` for a recipe, its vocabulary 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tinylm.cost import memory
 from tinylm.cost.parameters import estimated, has_estimates, lora_parameters, parameter_counts
 from tinylm.errors import InputError
 from tinylm.recipe.arithmetic import divisors
 from tinylm.recipe.checks import listed
-from tinylm.recipe.schema import DataSection, MuonOptimizer, Recipe
+from tinylm.recipe.schema import DataSection, MuonOptimizer, Optimizer, Recipe
 from tinylm.recipe.values import ComputeDtype
 
 CPU_MICRO_BATCH_TOKENS = 2048
@@ -28,8 +28,9 @@ class MemoryEstimate:
 
     `activations`, `update` and `evaluation` are the peaks for a forward and backward pass, the optimizer's temporaries and an
     evaluation. They do not occur at the same time. `saving` is the copy of the weights and optimizer state that is made on a CPU
-    while a checkpoint is written. `total` is the peak for the whole run. On a GPU, it includes the largest of the three peaks. On
-    a CPU, it is the resident set, which includes freed memory that the allocator keeps.
+    while a checkpoint is written. `teachers` is the size of the weights of distilled models. `total` is the peak for the whole run.
+    On a GPU, it includes the largest of the three peaks. On a CPU, it is the resident set, which includes freed memory that the
+    allocator keeps.
     """
 
     weights: int
@@ -40,6 +41,11 @@ class MemoryEstimate:
     evaluation: int
     saving: int
     total: int
+    teachers: int = 0
+
+    def with_teachers(self, parameters: int) -> MemoryEstimate:
+        """Return the estimate with the float32 weights of teachers that have this many parameters in total."""
+        return replace(self, teachers=4 * parameters, total=self.total + 4 * parameters)
 
 
 def estimate_memory(
@@ -50,20 +56,21 @@ def estimate_memory(
     precision: ComputeDtype = "fp32",
     on_gpu: bool = False,
     accumulates: bool = True,
-    bf16_updates: bool = False,
+    optimizer: Optimizer | None = None,
 ) -> MemoryEstimate:
     """Estimate the memory needed for training with this micro-batch size.
 
     Weights, gradients and optimizer state are float32 in every precision. With LoRA, only the adapters have gradients and optimizer
-    state. If `accumulates` is true, a step has several micro-batches, so gradients and activations exist at the same time. If
-    `bf16_updates` is true, Muon computes its updates in bf16.
+    state. If `accumulates` is true, a step has several micro-batches, so gradients and activations exist at the same time.
+    `optimizer` is the recipe's optimizer without `auto`, if that is known.
     """
     model = estimated(recipe.model)
     counts = parameter_counts(model, vocab_size)
     lora = recipe.training.lora
     parameters = sum(counts.values()) + (lora_parameters(model, lora) if lora else 0)
     trained = lora_parameters(model, lora) if lora else parameters
-    muon = isinstance(recipe.training.optimizer, MuonOptimizer)
+    optimizer = optimizer or recipe.training.optimizer
+    muon = isinstance(optimizer, MuonOptimizer)
     slots = 2 * trained - (counts["matrices"] if muon else 0)
     config = memory.PassConfig(
         vocab_size,
@@ -75,7 +82,7 @@ def estimate_memory(
         document_mask=isinstance(recipe.data, DataSection) and recipe.data.document_mask,
     )
     activations = memory.activation_bytes(model, config)
-    update = memory.muon_bytes(model, bf16=bf16_updates) if muon else 0
+    update = memory.muon_bytes(model, optimizer) if isinstance(optimizer, MuonOptimizer) else 0
     evaluation = max(memory.evaluation_bytes(model, vocab_size))
     gradients = 4 * trained
     if on_gpu:

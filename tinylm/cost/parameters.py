@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tinylm.errors import InputError
 from tinylm.recipe.schema import DecoderSection, LoraSection, ModelVariant
 from tinylm.recipe.support import ANY, COMMON, Supports, unsupported_parts
@@ -81,6 +83,11 @@ def flops_per_token(model: DecoderSection, vocab_size: int, lora: LoraSection | 
     """
     attention = 6 * model.n_layer * model.context_length * model.n_head * model.head_width
     return weight_flops_per_token(model, vocab_size, lora) + attention
+
+
+def teacher_flops_per_token(teachers: Sequence[ModelVariant], vocab_size: int) -> float:
+    """Return the FLOPs per token of the forward passes of distilled models. Those without estimates are ignored."""
+    return sum(flops_per_token(teacher, vocab_size) / 3 for teacher in teachers if isinstance(teacher, DecoderSection))
 
 
 def weight_flops_per_token(model: DecoderSection, vocab_size: int, lora: LoraSection | None) -> float:

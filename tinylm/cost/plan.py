@@ -8,16 +8,26 @@ on accelerators.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tinylm.cost import accelerators
 from tinylm.cost.cpu import Processor
 from tinylm.cost.micro_batch import MemoryEstimate, estimate_memory
-from tinylm.cost.parameters import estimated, flops_per_token, lora_parameters, not_estimated, parameter_counts
-from tinylm.cost.step_time import estimate_on_accelerator, estimate_on_cpu
+from tinylm.cost.parameters import (
+    estimated,
+    flops_per_token,
+    has_estimates,
+    lora_parameters,
+    not_estimated,
+    parameter_counts,
+    teacher_flops_per_token,
+)
+from tinylm.cost.step_time import estimate_on_accelerator, estimate_on_cpu, with_teachers
 from tinylm.cpu_load import MIN_CPU_SHARE
 from tinylm.errors import InputError
-from tinylm.recipe.schema import Recipe, TrainingSection
+from tinylm.recipe.mixture import MixtureShares
+from tinylm.recipe.schema import ModelVariant, Recipe, TrainingSection, require_text
 from tinylm.recipe.values import ComputeDtype
 
 BUSY = "other programs use this CPU, so training may be as slow as the upper end of the estimate"
@@ -44,6 +54,19 @@ class ComputeOptimal:
 
 
 @dataclass(frozen=True)
+class SourceUse:
+    """How much of the training a source of a mixture supplies."""
+
+    source: str
+    share: float
+    """The fraction of the training sequences, over the whole run."""
+    tokens: int
+    """Number of tokens in the training part of the source."""
+    epochs: float
+    """How many times the source is read."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """The estimated cost of a training run. Field names are the keys of `tinylm plan --json`.
 
@@ -53,7 +76,8 @@ class Plan:
     precision that the recipe's FLOPs use. `cpu_share` is the fraction of the time that a thread runs on a core when all
     cores are in use. It is 1 for accelerators, which are not measured. If the machine is busy, `seconds_range` and `steps_range`
     extend from the estimate for an idle machine to the estimate for this CPU share. Otherwise, both ends equal the estimate.
-    `not_estimated` lists the parts of the model that the plan ignores, as "key value".
+    `not_estimated` lists the parts of the model that the plan ignores, as "key value". `sources` is empty unless the text is a
+    mixture.
     """
 
     parameters: int
@@ -86,6 +110,7 @@ class Plan:
     steps_range: tuple[int, int]
     compute_optimal: ComputeOptimal
     not_estimated: tuple[str, ...]
+    sources: tuple[SourceUse, ...] = ()
 
     @property
     def busy(self) -> bool:
@@ -99,14 +124,17 @@ def make_plan(
     train_tokens: int,
     *,
     heldout_tokens: int = 0,
+    source_tokens: Sequence[int] = (),
     accelerator: str | None = None,
     devices: int = 1,
     processor: Processor | None = None,
+    teachers: Sequence[ModelVariant] = (),
 ) -> Plan:
     """Estimate the cost of a recipe for a text with `train_tokens` tokens, on this machine's CPU or on `devices` accelerators.
 
     `accelerator` is a name in `accelerators.ACCELERATORS`, or None for the CPU. `heldout_tokens` is the length of the held-out
-    text. If `processor` is None, the CPU is measured.
+    text, and `source_tokens` are the numbers of training tokens of the sources of a mixture. If `processor` is None, the CPU is
+    measured. `teachers` are the `model:` sections of the runs in `objective.teacher`.
 
     Raises `InputError` if the architecture has no estimates, if the text is shorter than one sequence, if the accelerator is
     unknown or does not support the recipe's precision, or if the batch cannot be divided among the devices.
@@ -122,6 +150,7 @@ def make_plan(
         step = estimate_on_cpu(recipe, vocab_size, steps, processor)
     else:
         step = estimate_on_accelerator(recipe, vocab_size, steps, accelerators.find(accelerator), devices)
+    step = with_teachers(step, recipe, vocab_size, teachers)
     seconds_per_evaluation = _evaluated_tokens(recipe, heldout_tokens) * step.evaluation_seconds
     if steps is None:
         seconds_left = 60 * (training.minutes or 0) - step.start_up_seconds
@@ -134,7 +163,10 @@ def make_plan(
         precision=step.precision,
         on_gpu=accelerator is not None,
         accumulates=accumulation > 1,
-        bf16_updates=step.bf16_updates,
+        optimizer=step.optimizer,
+    )
+    costs = costs.with_teachers(
+        sum(sum(parameter_counts(estimated(teacher), vocab_size).values()) for teacher in teachers if has_estimates(teacher))
     )
     counts = parameter_counts(model, vocab_size)
     parameters = sum(counts.values()) + (lora_parameters(model, training.lora) if training.lora else 0)
@@ -156,7 +188,7 @@ def make_plan(
         steps=steps,
         tokens=tokens,
         epochs=tokens / train_tokens,
-        flops=per_token * tokens,
+        flops=(per_token + teacher_flops_per_token(teachers, vocab_size)) * tokens,
         memory_bytes=costs,
         checkpoint_bytes=costs.weights + costs.optimizer,
         seconds_estimate=seconds,
@@ -174,7 +206,23 @@ def make_plan(
         seconds_range=(seconds, seconds if limited_by_time else seconds * slowdown),
         steps_range=(max(1, int(steps / slowdown)) if limited_by_time else steps, steps),
         compute_optimal=compute_optimal(parameters - counts["tables"], per_token * tokens, tokens, train_tokens),
-        not_estimated=not_estimated(model),
+        not_estimated=(
+            *not_estimated(model),
+            *(f"teacher {teacher.architecture}" for teacher in teachers if not has_estimates(teacher)),
+        ),
+        sources=_source_uses(recipe, source_tokens, tokens),
+    )
+
+
+def _source_uses(recipe: Recipe, source_tokens: Sequence[int], tokens: int) -> tuple[SourceUse, ...]:
+    """Return how much each source of a mixture contributes to `tokens` training tokens. Empty if `source_tokens` is empty."""
+    if not source_tokens:
+        return ()
+    mixture = require_text(recipe.data).mixture
+    shares = map(float, MixtureShares.of(mixture).mean)
+    return tuple(
+        SourceUse(item.name, share, size, share * tokens / max(size, 1))
+        for item, share, size in zip(mixture, shares, source_tokens, strict=True)
     )
 
 

@@ -9,14 +9,22 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from tinylm.cost import accelerators, cpu, memory
 from tinylm.cost.accelerators import Accelerator, MatmulPrecision
 from tinylm.cost.cpu import CpuSeconds, Processor
 from tinylm.cost.micro_batch import CPU_MICRO_BATCH_TOKENS, check_batch_divides, choose_micro_batch, host_memory_bytes
-from tinylm.cost.parameters import estimated, flops_per_token, parameter_counts, trained_parameters, weight_flops_per_token
-from tinylm.recipe.schema import DecoderSection, MuonOptimizer, Recipe, TrainingSection
+from tinylm.cost.parameters import (
+    estimated,
+    flops_per_token,
+    parameter_counts,
+    teacher_flops_per_token,
+    trained_parameters,
+    weight_flops_per_token,
+)
+from tinylm.recipe.schema import DecoderSection, ModelVariant, MuonOptimizer, Optimizer, Recipe, TrainingSection
 from tinylm.recipe.values import ComputeDtype
 
 CLEARLY_FASTER = 0.95
@@ -34,9 +42,12 @@ MIN_COMPILATION_PAYBACK = 1.5
 _ADAMW_BYTES = 28 + 12
 """Bytes per weight that an AdamW step and clipping move. AdamW reads the weight, the gradient and two moments, and writes all but
 the gradient (28). Clipping reads the gradient to compute the norm, then reads and writes it again to scale it (12)."""
-_MUON_BYTES = 72
-"""Bytes per weight that a Muon step moves: 28 for the momentum and the update, 16 for stacking and the norm, 16 for the iteration
-and 12 for the weight."""
+_NEWTON_SCHULZ_BYTES = 72
+"""Bytes per weight that a Muon step with Newton-Schulz iterations moves: 28 for the momentum and the update, 16 for stacking and
+the norm, 16 for the iteration and 12 for the weight."""
+_ZOLOTAREV_BYTES = 44
+"""Bytes per weight that a Muon step with a Zolotarev function moves: 28 for the momentum and the update, 4 for the Gram matrix and
+12 for the product that updates the weight."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +61,7 @@ class StepEstimate:
     precision: ComputeDtype
     compiled: bool
     micro_batch_size: int
-    bf16_updates: bool
-    """Whether Muon computes its updates in bf16."""
+    optimizer: Optimizer
     step_seconds: float
     evaluation_seconds: float
     """Evaluation time in seconds per held-out token."""
@@ -59,6 +69,12 @@ class StepEstimate:
     """Compilation time in seconds, or 0 without compilation."""
     cpu_share: float = 1.0
     """Fraction of the time that a thread runs on a CPU core when all cores are in use. It is 1 for accelerators."""
+
+
+def with_teachers(step: StepEstimate, recipe: Recipe, vocab_size: int, teachers: Sequence[ModelVariant]) -> StepEstimate:
+    """Add the forward passes of distilled models to a step. They are assumed to take as long per FLOP as the rest of the step."""
+    own_flops = flops_per_token(estimated(recipe.model), vocab_size, recipe.training.lora)
+    return replace(step, step_seconds=step.step_seconds * (1 + teacher_flops_per_token(teachers, vocab_size) / own_flops))
 
 
 def compilation_pays_off(step_seconds: float, seconds_left: float | None, steps_left: float | None, device_type: str) -> bool:
@@ -113,7 +129,7 @@ def estimate_on_cpu(recipe: Recipe, vocab_size: int, steps: int | None, processo
         precision=precision,
         compiled=compiled,
         micro_batch_size=micro,
-        bf16_updates=_updates_in_bf16(recipe, machine.has_amx),
+        optimizer=_resolve_optimizer(training, has_bf16_units=machine.has_amx),
         step_seconds=seconds(precision, compiled).total,
         evaluation_seconds=passes_per_token / 3,
         cpu_share=machine.cpu_share,
@@ -137,9 +153,9 @@ def cpu_seconds(
     tokens = training.global_batch_size * model.context_length
     micro_batches = training.global_batch_size // micro_batch_size
     matmul_flops = weight_flops_per_token(model, vocab_size, training.lora)
-    muon = counts["matrices"] if isinstance(training.optimizer, MuonOptimizer) else 0
+    optimizer = _resolve_optimizer(training, has_bf16_units=machine.has_amx)
     trained = trained_parameters(model, vocab_size, training.lora)
-    state_bytes = trained * (_ADAMW_BYTES + 12 * (micro_batches - 1)) + muon * (_MUON_BYTES - 28)
+    state_bytes = trained * (_ADAMW_BYTES + 12 * (micro_batches - 1)) + counts["matrices"] * _muon_bytes(optimizer)
     if training.lora is None:  # Each micro-batch zeroes the gradients of the embedding tables.
         state_bytes += 4 * micro_batches * (counts["embedding"] + counts["positions"] + counts["tables"])
     factor = _recomputation_factor(training)
@@ -153,8 +169,8 @@ def cpu_seconds(
         kernels=factor * micro_batches * cpu.kernels(model.n_layer, len(model.ngram_embeddings), precision, compiled=compiled),
         state_bytes=state_bytes,
         update_kernels=cpu.UPDATE_KERNELS * (model.n_layer + 1),
-        newton_schulz_flops=_muon_flops(recipe),
-        newton_schulz_precision="bf16" if _updates_in_bf16(recipe, machine.has_amx) else "fp32",
+        newton_schulz_flops=_muon_flops(recipe, optimizer),
+        newton_schulz_precision="bf16" if _updates_in_bf16(optimizer) else "fp32",
     )
     return cpu.step_seconds(machine, work)
 
@@ -194,7 +210,7 @@ def estimate_on_accelerator(
         precision=precision,
         compiled=compiled,
         micro_batch_size=micro,
-        bf16_updates=_updates_in_bf16(recipe, "bf16" in accelerator.flops),
+        optimizer=_resolve_optimizer(training, has_bf16_units="bf16" in accelerator.flops),
         step_seconds=seconds(compiled),
         evaluation_seconds=evaluation.total,
         start_up_seconds=COMPILATION_SECONDS["cuda"] if compiled else 0.0,
@@ -217,10 +233,12 @@ def accelerator_seconds(
     micro_batches = training.global_batch_size // devices // micro_batch_size
     tokens = training.global_batch_size * model.context_length
     trained = trained_parameters(model, vocab_size, training.lora)
-    muon = parameter_counts(model, vocab_size)["matrices"] if isinstance(training.optimizer, MuonOptimizer) else 0
-    bf16_updates = _updates_in_bf16(recipe, "bf16" in accelerator.flops)
+    matrices = parameter_counts(model, vocab_size)["matrices"]
+    optimizer = _resolve_optimizer(training, has_bf16_units="bf16" in accelerator.flops)
     # `step_seconds` assumes `matmul_precision` for all FLOPs, but Muon in fp32 does not use tf32. One device updates each matrix.
-    muon_factor = 1 if bf16_updates else accelerator.matmul_flops(matmul_precision) / accelerator.matmul_flops("fp32")
+    in_bf16 = _updates_in_bf16(optimizer)
+    muon_factor = 1 if in_bf16 else accelerator.matmul_flops(matmul_precision) / accelerator.matmul_flops("fp32")
+    muon_flops = _muon_flops(recipe, optimizer) * muon_factor
     factor = _recomputation_factor(training)
     compiled_loss = 4 * micro_batch_size * model.context_length * vocab_size >= memory.FUSED_LOSS_FROM
     elementwise = _elementwise_bytes(model, vocab_size, precision, compiled=compiled, compiled_loss=compiled_loss)
@@ -228,10 +246,10 @@ def accelerator_seconds(
         accelerator,
         devices,
         matmul_precision,
-        matmul_flops=factor * tokens * flops_per_token(model, vocab_size, training.lora) + _muon_flops(recipe) * muon_factor,
+        matmul_flops=factor * tokens * flops_per_token(model, vocab_size, training.lora) + muon_flops,
         matmul_bytes=factor * tokens * accelerators.matmul_bytes(model, vocab_size, matmul_precision),
         elementwise_bytes=factor * tokens * elementwise,
-        state_bytes=accelerators.state_bytes(trained, micro_batches, matmul_precision) + muon * (_MUON_BYTES - 28),
+        state_bytes=accelerators.state_bytes(trained, micro_batches, matmul_precision) + matrices * _muon_bytes(optimizer),
         gradient_bytes=4 * trained,
     ).total
     launched = factor * micro_batches * cpu.kernels(model.n_layer, len(model.ngram_embeddings), precision, compiled=compiled)
@@ -248,21 +266,31 @@ def _recomputation_factor(training: TrainingSection) -> float:
     return 4 / 3 if training.activation_checkpointing else 1.0
 
 
-def _muon_flops(recipe: Recipe) -> int:
-    optimizer = recipe.training.optimizer
+def _resolve_optimizer(training: TrainingSection, *, has_bf16_units: bool) -> Optimizer:
+    """Return the recipe's optimizer, with `auto` replaced with the value that training would choose."""
+    optimizer = training.optimizer
+    return optimizer.resolved(has_bf16_units=has_bf16_units) if isinstance(optimizer, MuonOptimizer) else optimizer
+
+
+def _muon_bytes(optimizer: Optimizer) -> int:
+    """Return how many more bytes per matrix element Muon moves than AdamW's update."""
+    if not isinstance(optimizer, MuonOptimizer):
+        return 0
+    return (_ZOLOTAREV_BYTES if optimizer.orthogonalization == "zolotarev" else _NEWTON_SCHULZ_BYTES) - 28
+
+
+def _muon_flops(recipe: Recipe, optimizer: Optimizer) -> int:
+    """Return the FLOPs of the orthogonalization. A Zolotarev function takes about as long as one Newton-Schulz iteration."""
     if not isinstance(optimizer, MuonOptimizer):
         return 0
     shapes = memory.matrix_shapes(estimated(recipe.model))
-    steps = optimizer.newton_schulz_steps
+    steps = 1 if optimizer.orthogonalization == "zolotarev" else optimizer.newton_schulz_steps
     return sum(count * cpu.newton_schulz_flops(*shape, steps) for shape, count in shapes.items())
 
 
-def _updates_in_bf16(recipe: Recipe, has_bf16_units: bool) -> bool:
+def _updates_in_bf16(optimizer: Optimizer) -> bool:
     """Return whether Muon computes its updates in bf16."""
-    optimizer = recipe.training.optimizer
-    if not isinstance(optimizer, MuonOptimizer):
-        return False
-    return has_bf16_units if optimizer.newton_schulz_dtype == "auto" else optimizer.newton_schulz_dtype == "bf16"
+    return isinstance(optimizer, MuonOptimizer) and optimizer.computes_in_bf16
 
 
 def _elementwise_bytes(

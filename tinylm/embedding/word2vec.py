@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from tinylm.embedding.encoded_text import EncodedText
-from tinylm.errors import missing_extra
 from tinylm.recipe.embeddings import CbowMethod, SkipGramMethod
 
 SEGMENTS = 8
@@ -36,11 +35,9 @@ class StepResult:
 
 
 def import_kernels() -> Any:
-    """Import the module with the compiled loops. Raises `InputError` if numba is not installed."""
-    try:
-        from tinylm.embedding import kernels as compiled
-    except ImportError:
-        raise missing_extra("embed", "training vectors") from None
+    """Import the module with the compiled loops. This imports numba, which takes half a second."""
+    from tinylm.embedding import kernels as compiled
+
     return compiled
 
 

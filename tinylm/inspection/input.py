@@ -8,7 +8,8 @@ from tinylm.data.bucketed_pairs import PairFraming
 from tinylm.data.framing import Framing
 from tinylm.errors import InputError
 from tinylm.model.base import Model
-from tinylm.model.encoder_decoder import START, EncoderDecoder
+from tinylm.model.encoder_decoder import EncoderDecoder
+from tinylm.model.sequence_to_sequence import START
 from tinylm.recipe.labels import ClassificationObjective
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Run

@@ -24,7 +24,7 @@ from tinylm.inspection.heads import HeadScores, head_scores
 from tinylm.inspection.input import InspectOptions, ModelInput, read_input
 from tinylm.inspection.lens import LensGuesses, label_guesses, lens_guesses
 from tinylm.model.classifier import SequenceClassifier
-from tinylm.model.encoder_decoder import START
+from tinylm.model.sequence_to_sequence import START
 from tinylm.recipe.schema import CausalLMObjective
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Checkpoint, Run
@@ -214,9 +214,12 @@ def inspect_text(
 ) -> Inspection:
     """Run a checkpoint on a text and summarize what the model computes.
 
-    Raises `InputError` if the text is empty or an option is out of range.
+    Raises `InputError` if the architecture is not supported, the text is empty, or an option is out of range.
     """
     chosen = run.checkpoint(checkpoint)
+    if not run.recipe.model.inspectable:
+        problem = f"models with the {run.recipe.model.architecture} architecture cannot be inspected"
+        raise InputError(problem, where=str(run.path), hint="`tinylm translate --attention` shows the alignment")
     model = run.network(chosen, devices.resolve(device))
     given = read_input(run, model, text, options, reporter)
     forward = forward_pass(run, model, given.ids, given.source)

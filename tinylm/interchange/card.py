@@ -11,6 +11,7 @@ from tinylm.evaluation.metrics import Metrics
 from tinylm.interchange import chat_files
 from tinylm.interchange.generation_check import Snippet
 from tinylm.interchange.huggingface import MODELING_FILE
+from tinylm.recipe.mixture import describe_shares
 from tinylm.recipe.schema import DataSection, HeldoutShare, HeldoutSources, TestShare, require_text
 from tinylm.reporting import SILENT
 from tinylm.run import Checkpoint, Run
@@ -74,9 +75,13 @@ def _results(run: Run, checkpoint: Checkpoint) -> str:
 
 def _data(run: Run) -> str:
     data = run.recipe.data
-    if isinstance(data, DataSection) and data.train[0].startswith("imported:"):
-        return f"Imported from `{data.train[0].removeprefix('imported:')}`. The training data is not recorded."
-    trained = ", ".join(f"`{source}`" for source in data.sources()["train"])
+    sources = data.sources()["train"]
+    if isinstance(data, DataSection) and sources[0].startswith("imported:"):
+        return f"Imported from `{sources[0].removeprefix('imported:')}`. The training data is not recorded."
+    trained = ", ".join(f"`{source}`" for source in sources)
+    if isinstance(data, DataSection) and data.mixture:
+        shares = describe_shares([item.model_copy(update={"source": (f"`{item.name}`",)}) for item in data.mixture])
+        trained = f"a mixture: {', '.join(shares)}"
     lines = [f"Trained on {trained}."]
     pretrained = run.recipe.model.pretrained
     if pretrained is not None:

@@ -22,8 +22,9 @@ from tinylm.errors import InputError, WorkError
 from tinylm.interchange import huggingface, verify
 from tinylm.interchange.huggingface import write_json
 from tinylm.model.base import Model
-from tinylm.model.encoder_decoder import START, EncoderDecoder
+from tinylm.model.encoder_decoder import EncoderDecoder
 from tinylm.model.positions import sinusoidal_table
+from tinylm.model.sequence_to_sequence import START
 from tinylm.recipe.encoder_decoder import EncoderDecoderSection
 from tinylm.recipe.schema import ModelVariant
 from tinylm.recipe.support import ANY, Supports, unsupported_parts
@@ -222,6 +223,7 @@ def _config(network: EncoderDecoder, end: int) -> dict[str, Any]:
 def write(folder: Path, translator: Translator, card: str, type: str) -> None:
     """Write an export to an empty folder. `type` is the storage type of the weights."""
     network, tokenizer = translator.network, translator.framing.target_tokenizer
+    assert isinstance(network, EncoderDecoder)
     end, dtype = translator.framing.target_end, huggingface.DTYPES[type]
     config = {**_config(network, end), "torch_dtype": str(dtype).removeprefix("torch.")}
     write_json(folder / "config.json", config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -139,28 +139,28 @@ def build(section: Optimizer, network: TrainableNetwork, mesh: DeviceMesh | None
         raise InputError("Muon updates matrices, and this model has none", where="training.optimizer", hint="use adamw")
     in_muon = set(matrices)
     others = [parameter for parameter in names if parameter not in in_muon]
+    section = resolve_muon(section, matrices[0].device)
     muon = Muon(
         matrices,
         {parameter: stacked[names[parameter]] for parameter in matrices if names[parameter] in stacked},
         lr=section.lr,
         momentum=section.momentum,
         momentum_warmup=section.momentum_warmup,
+        orthogonalization=section.orthogonalization,
         steps=section.newton_schulz_steps,
         coefficients=section.newton_schulz,
         weight_decay=section.weight_decay,
         cautious=section.cautious_weight_decay,
-        dtype=torch.bfloat16 if resolve_newton_schulz_dtype(section, matrices[0].device) == "bf16" else torch.float32,
+        dtype=torch.bfloat16 if section.computes_in_bf16 else torch.float32,
         mesh=mesh,
     )
     adamw = _adamw({parameter: names[parameter] for parameter in others}, section.adamw_lr, section, 0.0, multipliers)
     return Optimizers({"muon": muon, "adamw": adamw}, names)
 
 
-def resolve_newton_schulz_dtype(section: MuonOptimizer, device: torch.device) -> Literal["fp32", "bf16"]:
-    """Return the value of `newton_schulz_dtype`. For `auto`, return bf16 if the hardware supports it, else fp32."""
-    if section.newton_schulz_dtype == "auto":
-        return "bf16" if has_bf16_units(device) else "fp32"
-    return section.newton_schulz_dtype
+def resolve_muon(section: MuonOptimizer, device: torch.device) -> MuonOptimizer:
+    """Replace `auto` in `section` with the value for `device`."""
+    return section.resolved(has_bf16_units=has_bf16_units(device))
 
 
 TRAINED_ROWS = "trained_rows"

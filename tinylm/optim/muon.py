@@ -1,6 +1,7 @@
 """Muon: momentum with orthogonalized updates (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
-Matrices of the same shape are stacked and orthogonalized in one batch. In float32, updates match `torch.optim.Muon` with
+Updates are orthogonalized by Newton-Schulz iterations, for which matrices of the same shape are stacked, or by a Zolotarev
+function (`optim.zolotarev`). In float32, updates with Newton-Schulz iterations match `torch.optim.Muon` with
 `adjust_lr_fn="original"`. In distributed training, each matrix is orthogonalized by only one process.
 
 Legend: `N` matrices of the same shape, `R` rows, `C` columns.
@@ -11,10 +12,12 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+
+from tinylm.optim import zolotarev
 
 if TYPE_CHECKING:  # these imports take a second and are only needed in distributed training
     from torch.distributed.device_mesh import DeviceMesh
@@ -66,7 +69,7 @@ def orthogonalize_all(
         stack = torch.empty((len(indices), *shape), dtype=dtype, device=matrices[0].device)  # (N, R, C)
         torch._foreach_copy_(list(stack), [matrices[index] for index in indices])
         directions = orthogonalize(stack, steps, coefficients)
-        factor = math.sqrt(max(1.0, shape[0] / shape[1])) if scale else 1.0
+        factor = _scale(matrices[indices[0]]) if scale else 1.0
         if factor != 1.0:
             directions = directions * factor
         if directions.is_cuda:
@@ -84,7 +87,8 @@ class Muon(torch.optim.Optimizer):
     If a parameter stacks several matrices, `rows` contains the number of rows in each matrix. The spectral norm of an update is
     approximately `lr`, multiplied by sqrt(R / C) for tall matrices. The momentum rises linearly from 0.85 to `momentum` over
     `momentum_warmup` steps. Weight decay is decoupled. `cautious` weight decay (Chen et al. 2025) applies only to weights that the
-    update moves toward zero. `steps` and `coefficients` configure the Newton-Schulz iteration, which computes in `dtype`.
+    update moves toward zero. `orthogonalization` selects Newton-Schulz iterations, configured by `steps` and `coefficients`, or a
+    Zolotarev function. Both compute in `dtype`; the Zolotarev function requires float32 or float64.
 
     `mesh` contains the processes that train together. Parameters and gradients are either replicated or sharded
     (`fully_shard`).
@@ -103,6 +107,7 @@ class Muon(torch.optim.Optimizer):
         lr: float = 0.02,
         momentum: float = 0.95,
         momentum_warmup: int = 0,
+        orthogonalization: Literal["newton_schulz", "zolotarev"] = "newton_schulz",
         steps: int = 5,
         coefficients: str = "classic",
         weight_decay: float = 0.0,
@@ -114,6 +119,7 @@ class Muon(torch.optim.Optimizer):
             "lr": lr,
             "momentum": momentum,
             "momentum_warmup": momentum_warmup,
+            "orthogonalization": orthogonalization,
             "steps": steps,
             "coefficients": coefficients,
             "weight_decay": weight_decay,
@@ -134,21 +140,33 @@ class Muon(torch.optim.Optimizer):
         if not parameters:
             return
         updates = self._nesterov(parameters, group)
+        decay = group["lr"] * group["weight_decay"]
+        is_cautious = bool(decay and group["cautious"])
+        if group["orthogonalization"] == "zolotarev" and self._mesh is None and self.found_inf is None and not is_cautious:
+            self._zolotarev_step(parameters, updates, group)
+            return
         directions = self._directions(parameters, updates, group)
         weights = [_local(parameter) for parameter in parameters]
-        decay = group["lr"] * group["weight_decay"]
         shrink: float | Tensor = 1 - decay
         if self.found_inf is not None:
             usable = 1 - self.found_inf.double()
             # Both factors have the dtype of the tensors they scale. If not, _foreach_mul_ launches one kernel per tensor on CUDA.
             shrink = (1 - decay * usable).to(weights[0].dtype)
             torch._foreach_mul_(directions, usable.to(directions[0].dtype))
-        if decay and group["cautious"]:  # if the update is skipped, all directions are zero, so no weight decays
+        if is_cautious:  # if the update is skipped, all directions are zero, so no weight decays
             for weight, direction in zip(weights, directions, strict=True):
                 weight.addcmul_(weight, (weight * direction > 0).to(weight.dtype), value=-decay)
         elif decay:
             torch._foreach_mul_(weights, shrink)
         torch._foreach_add_(weights, directions, alpha=-group["lr"])
+
+    def _zolotarev_step(self, parameters: list[Tensor], updates: Sequence[Tensor], group: dict[str, Any]) -> None:
+        """Subtract the orthogonalized updates from the weights without storing them, which saves passes through the memory."""
+        pairs = [(p.data, update.to(self._dtype), self._row_blocks(p)) for p, update in zip(parameters, updates, strict=True)]
+        weights = [block for weight, _, blocks in pairs for block in torch.split(weight, list(blocks))]
+        matrices = [block for _, update, blocks in pairs for block in torch.split(update, list(blocks))]
+        factors = [group["lr"] * _scale(matrix) for matrix in matrices]
+        zolotarev.subtract_orthogonalized(weights, matrices, factors, 1 - group["lr"] * group["weight_decay"])
 
     def _nesterov(self, parameters: list[Tensor], group: dict[str, Any]) -> tuple[Tensor, ...]:
         """Update the momentum buffers and return the Nesterov update for each parameter or for this process's shard of it."""
@@ -207,12 +225,22 @@ class Muon(torch.optim.Optimizer):
     def _orthogonalize_blocks(self, updates: Sequence[tuple[Tensor, tuple[int, ...]]], group: dict[str, Any]) -> list[Tensor]:
         """Orthogonalize and scale every row block in each update. `updates` contains pairs (update, rows per block)."""
         matrices = [matrix for update, blocks in updates for matrix in torch.split(update, list(blocks))]
-        results = iter(orthogonalize_all(matrices, group["steps"], group["coefficients"], self._dtype, scale=True))
+        if group["orthogonalization"] == "zolotarev":
+            orthogonal = zolotarev.orthogonalize([matrix.to(self._dtype) for matrix in matrices])
+            results = iter([result * _scale(result) for result in orthogonal])
+        else:
+            results = iter(orthogonalize_all(matrices, group["steps"], group["coefficients"], self._dtype, scale=True))
         return [torch.cat([next(results) for _ in blocks]) if len(blocks) > 1 else next(results) for _, blocks in updates]
 
     def _row_blocks(self, parameter: Tensor) -> tuple[int, ...]:
         """Return the number of rows in each matrix that a parameter stacks."""
         return self._rows.get(parameter, (parameter.shape[0],))
+
+
+def _scale(matrix: Tensor) -> float:
+    """Return the factor of the update of a matrix, (R, C): sqrt(R / C) if it is tall, else 1."""
+    rows, columns = matrix.shape
+    return math.sqrt(max(1.0, rows / columns))
 
 
 def _cast_all(directions: list[Tensor], updates: Sequence[Tensor]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from tinylm import device as devices
 from tinylm.evaluation.metrics import LOSS, METRICS, PERPLEXITY, Metric, Metrics, perplexity_of
 from tinylm.model.foreign_code import foreign_code
 from tinylm.pipeline.components import build_components, report_parallelism, resolve_settings, tune_cpu, write_run_folder
-from tinylm.pipeline.data import collect_training_texts, prepare_data
+from tinylm.pipeline.data import add_teachers, collect_training_texts, prepare_data
 from tinylm.pipeline.job import Callbacks, Threads, TrainingData, TrainingJob
 from tinylm.pipeline.network import build_network, open_pretrained
 from tinylm.pipeline.resume import announce_lr_change, find_checkpoint, merge_recipe, restore_checkpoint
@@ -21,6 +21,7 @@ from tinylm.pipeline.trainer_setup import build_trainer, observers, speed_monito
 from tinylm.processes import Processes, join_processes, lost_peer_error, threads_per_process
 from tinylm.recipe import Recipe
 from tinylm.reporting import SILENT, Reporter
+from tinylm.training.distillation import Teachers
 from tinylm.training.metrics import Observer
 from tinylm.training.run_folder import locked_run_folder
 from tinylm.training.signals import StopRequest
@@ -119,9 +120,12 @@ def _train(job: TrainingJob, callbacks: Callbacks, processes: Processes) -> Trai
     tracked: list[Tracker] = []
     processes.run_on_main(lambda: tracked.extend(trackers(job.recipe, job.folder, callbacks.observer.note)))
     pretrained = open_pretrained(job, processes, reporter)
+    teachers = processes.run_on_all(lambda: Teachers.open(job.recipe, job.folder))
     data = prepare_data(job, processes, reporter)
+    if teachers is not None:
+        data = add_teachers(data, teachers, job.device, processes, reporter)
     job = replace(job, recipe=processes.run_on_all(lambda: data.prepared.fill_in(job.recipe)))
-    training_texts = processes.run_on_main(lambda: collect_training_texts(job, data.prepared, pretrained, reporter))
+    training_texts = processes.run_on_main(lambda: collect_training_texts(job, data, pretrained, reporter))
     if job.device.type == "cpu":
         tune_cpu(job, data, processes, reporter)
     checkpoint = find_checkpoint(job, data, processes, reporter) if job.resume else None

@@ -96,6 +96,8 @@ def write_run_folder(
         "mfu_relative_to": precisions.peak_source(components.precision),
         "foreign_code": list(foreign),
     }
+    if data.teachers is not None:
+        facts["teachers"] = data.teachers.describe()
     if state:
         facts["resumed_step"] = state["step"]
         training_texts = None  # written when the run started

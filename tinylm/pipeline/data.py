@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
+
+import torch
 
 from tinylm.cost.micro_batch import check_batch_divides
 from tinylm.cost.plan import training_steps
 from tinylm.data import formats, training_text
 from tinylm.data.chat import PreparedChat
+from tinylm.data.datasets import Dataset
+from tinylm.data.masking import MaskedWindows
+from tinylm.data.mixture import Mixture
 from tinylm.data.prepare import PreparedText
 from tinylm.data.prepared import PreparedData
 from tinylm.data.training_text import TrainingText
@@ -16,10 +23,12 @@ from tinylm.errors import InputError
 from tinylm.pipeline.job import TrainingData, TrainingJob
 from tinylm.processes import Processes
 from tinylm.recipe.chat import ChatSection
-from tinylm.recipe.schema import require_text
+from tinylm.recipe.mixture import MixedSource, describe_epochs, describe_shares
+from tinylm.recipe.schema import DataSection, require_text
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Run
 from tinylm.training import objectives
+from tinylm.training.distillation import Teachers
 
 
 def prepare_data(job: TrainingJob, processes: Processes, reporter: Reporter) -> TrainingData:
@@ -33,8 +42,20 @@ def prepare_data(job: TrainingJob, processes: Processes, reporter: Reporter) -> 
     warmup = recipe.training.schedule.warmup
     if steps is not None and warmup >= 1 and warmup > steps:
         raise InputError(f"{warmup} warmup steps exceed the {steps} training steps", where="training.schedule.warmup")
+    if isinstance(recipe.data, DataSection) and recipe.data.mixture:
+        _report_mixture(recipe.data.mixture, dataset, steps, recipe.training.global_batch_size, reporter)
     objective = objectives.build(prepared.fill_in(recipe).objective)
     return TrainingData(prepared, dataset, objective, steps)
+
+
+def _report_mixture(
+    mixture: Sequence[MixedSource], dataset: Dataset, steps: int | None, batch_size: int, reporter: Reporter
+) -> None:
+    """Report the share of each source and, if the number of steps is known, how many times it is read."""
+    mixed = dataset.stream if isinstance(dataset, MaskedWindows) else dataset
+    epochs = mixed.epochs(steps * batch_size) if steps is not None and isinstance(mixed, Mixture) else None
+    for number, source in enumerate(describe_shares(mixture)):
+        reporter.note(f"mixture: {source}" + ("" if epochs is None else f", {describe_epochs(epochs[number])}"))
 
 
 def _prepare_on_every_machine(job: TrainingJob, processes: Processes, reporter: Reporter) -> PreparedData:
@@ -60,20 +81,45 @@ def _prepare_on_every_machine(job: TrainingJob, processes: Processes, reporter: 
     return cast(PreparedData, processes.run_on_all(lambda: data_format.open(job.recipe, folder, fingerprint, tokenizer_json)))
 
 
-def collect_training_texts(
-    job: TrainingJob, prepared: PreparedData, pretrained: Run | None, reporter: Reporter
-) -> list[TrainingText] | None:
-    """Return the texts that the model is trained on, including those of the run that `model.init_from` refers to.
+def add_teachers(
+    data: TrainingData, teachers: Teachers, device: torch.device, processes: Processes, reporter: Reporter
+) -> TrainingData:
+    """Load the teachers in every process. Raises `InputError` if their tokenizer is not the one of the training data."""
+    processes.run_on_main(lambda: teachers.check_tokenizer(data.prepared.tokenizer))
+    names = ", ".join(member.name for member in teachers.ensemble.members)
+    reporter.note(f"distilling {names} with a weight of {teachers.weight:g} (objective.teacher_weight)")
+    objective = processes.run_on_all(lambda: teachers.objective(device))
+    return replace(data, objective=objective, teachers=teachers)
 
-    Warns if that run's texts contain the held-out or test text. Returns None for data that is not text.
+
+def collect_training_texts(
+    job: TrainingJob, data: TrainingData, pretrained: Run | None, reporter: Reporter
+) -> list[TrainingText] | None:
+    """Return the texts that the model is trained on, including those of the runs that it is initialized or distilled from.
+
+    Warns if those runs' texts contain the held-out or test text. Returns None for data that is not text.
     """
+    prepared = data.prepared
     if not isinstance(prepared, PreparedText | PreparedChat):
         return None
     inherited = [] if pretrained is None else training_text.inherited(pretrained.training_texts(), pretrained.name)
+    if data.teachers is not None:
+        inherited += _texts_of_teachers(data.teachers, prepared)
     if isinstance(prepared, PreparedChat):
         assert isinstance(job.recipe.data, ChatSection)
         return [*prepared.training_texts(job.recipe.data), *inherited]
     for shard, name in ((prepared.heldout, "the held-out text"), (prepared.test, "the test text")):
         if shard is not None:
             training_text.warn(training_text.measure(inherited, shard, prepared.tokenizer), name, reporter)
-    return [TrainingText(require_text(job.recipe.data).train, prepared.ngrams, prepared.tokenizer), *inherited]
+    return [TrainingText(require_text(job.recipe.data).sources()["train"], prepared.ngrams, prepared.tokenizer), *inherited]
+
+
+def _texts_of_teachers(teachers: Teachers, prepared: PreparedData) -> list[TrainingText]:
+    """Return the texts that the teachers were trained on, without the text that this run is trained on and without repetitions."""
+    texts, seen = [], {prepared.fingerprint}
+    for member in teachers.ensemble.members:
+        own, *earlier = training_text.inherited(member.run.training_texts(), member.run.name)
+        fingerprint = member.checkpoint.state["fingerprints"].get("data")
+        texts += earlier if fingerprint in seen else [own, *earlier]
+        seen.add(fingerprint)
+    return texts

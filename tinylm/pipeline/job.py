@@ -15,6 +15,7 @@ from tinylm.optim.groups import Optimizers
 from tinylm.recipe import Recipe
 from tinylm.reporting import Reporter
 from tinylm.training.checkpoint import CheckpointWriter
+from tinylm.training.distillation import Teachers
 from tinylm.training.metrics import Observer
 from tinylm.training.objectives import Objective
 from tinylm.training.parallel import Parallel
@@ -58,11 +59,14 @@ class TrainingData:
     objective: Objective
     steps: int | None
     """None if the recipe's `training.minutes` limits the run instead."""
+    teachers: Teachers | None = None
+    """The runs that are distilled."""
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Hashes saved with every checkpoint. They reveal a changed text or tokenizer when the run is resumed."""
-        return {"data": self.prepared.fingerprint, "tokenizer": self.prepared.tokenizer.fingerprint}
+        """Hashes saved with every checkpoint. They reveal a changed text, tokenizer or teacher when the run is resumed."""
+        own = {"data": self.prepared.fingerprint, "tokenizer": self.prepared.tokenizer.fingerprint}
+        return own if self.teachers is None else {**own, "teachers": self.teachers.fingerprint}
 
     @property
     def vocab_size(self) -> int:

@@ -56,6 +56,9 @@ def speed_monitors(job: TrainingJob, data: TrainingData, callbacks: Callbacks, p
         if not has_estimates(job.recipe.model):
             return None
         step = step_time.estimate_on_cpu(job.recipe, data.vocab_size, data.steps, None)
+        if data.teachers is not None:
+            teachers = [run.recipe.model for run in data.teachers.ensemble.runs]
+            step = step_time.with_teachers(step, job.recipe, data.vocab_size, teachers)
         return job.recipe.training.global_batch_size * data.dataset.tokens_per_example / step.step_seconds
 
     return [SpeedMonitor(WAIT_POLICY, callbacks.observer.note, tokens_per_second)]

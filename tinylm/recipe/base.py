@@ -80,6 +80,8 @@ class ModelVariant(Section):
     """Whether positions attend to later positions. Such a model cannot generate text from left to right."""
     needs_full_window: ClassVar[bool] = True
     """Whether the training text must have more than `context_length` tokens."""
+    inspectable: ClassVar[bool] = True
+    """Whether `tinylm inspect` supports the architecture."""
 
     architecture: str
 

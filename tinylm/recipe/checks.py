@@ -15,9 +15,9 @@ from tinylm.recipe.arithmetic import divisors
 from tinylm.recipe.chat import ChatSection
 from tinylm.recipe.embeddings import EmbeddingDataSection, EmbeddingRecipe, TokenVocabulary, Word2VecMethod
 from tinylm.recipe.encoder import MASK, MaskedLMObjective
-from tinylm.recipe.encoder_decoder import EncoderDecoderSection
 from tinylm.recipe.fixed_context import NgramSection
 from tinylm.recipe.labels import ClassificationObjective
+from tinylm.recipe.mixture import MixtureShares, mixture_problems
 from tinylm.recipe.pairs import CATALOG, TOY, PairShare, PairsSection, TranslationObjective
 from tinylm.recipe.schema import (
     LENGTHS,
@@ -28,6 +28,7 @@ from tinylm.recipe.schema import (
     FileTokenizer,
     HeldoutShare,
     HeldoutSources,
+    ModelVariant,
     MuonOptimizer,
     NoamSchedule,
     Recipe,
@@ -50,6 +51,7 @@ def check_recipe(recipe: Recipe, check_files: bool = True) -> Iterator[tuple[Key
     if isinstance(recipe.data, DataSection):
         yield from _check_data(recipe.data)
         yield from _check_shares(recipe.data)
+        yield from _check_mixture(recipe, recipe.data)
     if isinstance(recipe.data, ChatSection):
         yield from _check_chat(recipe, recipe.data)
     yield from _check_model(recipe)
@@ -80,6 +82,20 @@ def _check_shares(data: DataSection) -> Iterator[tuple[KeyPath, str]]:
     heldout, test = data.heldout, data.test
     if isinstance(heldout, HeldoutShare) and isinstance(test, TestShare) and heldout.share + test.share >= 1:
         yield ("data", "test"), f"the held-out share {heldout.share:g} and the test share {test.share:g} leave no training text"
+
+
+def _check_mixture(recipe: Recipe, data: DataSection) -> Iterator[tuple[KeyPath, str]]:
+    problems = [(("data", "train", *path), problem) for path, problem in mixture_problems(data.train)]
+    yield from problems
+    if problems or not data.mixture:
+        return
+    if not recipe.model.needs_full_window:
+        problem = "architecture counts the whole text once, so weights have no effect (list only sources)"
+        yield ("data", "train"), f"the {recipe.model.architecture} {problem}"
+    if recipe.training.minutes is not None and MixtureShares.of(data.mixture).change:
+        index = next(index for index, item in enumerate(data.mixture) if len(set(item.weights)) > 1)
+        problem = "two weights require training.steps, tokens or epochs, because the data order must not depend on the clock"
+        yield ("data", "train", index, "weight"), problem
 
 
 def _check_chat(recipe: Recipe, data: ChatSection) -> Iterator[tuple[KeyPath, str]]:
@@ -123,6 +139,8 @@ def _check_objective(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         yield ("evaluation", "stride"), f"has no effect with the {objective.name} objective (remove the key)"
     if isinstance(objective, CausalLMObjective) and not objective.mask_prompt and not isinstance(recipe.data, ChatSection):
         yield ("objective", "mask_prompt"), f"has no effect with the {recipe.data.format} format (remove the key)"
+    if isinstance(objective, CausalLMObjective):
+        yield from _check_teacher(objective, model)
     if isinstance(objective, MaskedLMObjective):
         if len(set(objective.rate)) > 1 and training.minutes is not None:
             yield (
@@ -138,6 +156,13 @@ def _check_objective(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         )
 
 
+def _check_teacher(objective: CausalLMObjective, model: ModelVariant) -> Iterator[tuple[KeyPath, str]]:
+    if objective.teacher and model.learns_by_counting:
+        yield ("objective", "teacher"), f"has no effect with the {model.architecture} architecture (remove the key)"
+    if not objective.teacher and objective.teacher_weight != CausalLMObjective.model_fields["teacher_weight"].default:
+        yield ("objective", "teacher_weight"), "has no effect without objective.teacher (remove the key)"
+
+
 def _check_translation(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     """Check combinations of keys for sentence pairs."""
     data, model = recipe.data, recipe.model
@@ -148,7 +173,7 @@ def _check_translation(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     heldout, test = data.heldout, data.test
     if isinstance(heldout, PairShare) and isinstance(test, PairShare) and heldout.share + test.share >= 1:
         yield ("data", "test"), f"the held-out share {heldout.share:g} and the test share {test.share:g} leave no training pairs"
-    if data.vocabulary == "separate" and isinstance(model, EncoderDecoderSection) and model.tie_embeddings == "all":
+    if data.vocabulary == "separate" and getattr(model, "tie_embeddings", None) == "all":
         yield ("model", "tie_embeddings"), "all requires data.vocabulary: shared (use output or none)"
     if data.vocabulary == "separate" and isinstance(recipe.tokenizer, FileTokenizer):
         yield ("data", "vocabulary"), "separate requires a learned tokenizer, not tokenizer.path"
@@ -242,22 +267,41 @@ def _check_training(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
 
 def _check_files(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     """Check that local files exist and that uncompressed files are large enough. `tinylm.text` checks other sources on reading."""
+    mixture = recipe.data.mixture if isinstance(recipe.data, DataSection) else ()
     for key, sources in recipe.data.sources().items():
-        yield from _missing(("data", key), sources)
+        if key != "train" or not mixture:
+            yield from _missing(("data", key), sources)
+    for index, item in enumerate(mixture):
+        yield from _missing(("data", "train", index, "source"), item.source)
     if isinstance(recipe.tokenizer, FileTokenizer):
-        yield from _missing(("tokenizer", "path"), (recipe.tokenizer.path,))
+        yield from _missing(("tokenizer", "path"), (_file_of(recipe.tokenizer.path),))
     vectors, pretrained = recipe.model.pretrained_embeddings, recipe.model.pretrained
     if vectors is not None:
         yield from _missing(("model", "init_embeddings"), (vectors,))
     if pretrained is not None and not os.path.exists(os.path.expanduser(pretrained.run)):
         yield ("model", "init_from"), f"{pretrained.run}: no such run"
+    if isinstance(recipe.objective, CausalLMObjective):
+        for run in recipe.objective.teacher:
+            if not os.path.exists(os.path.expanduser(run)):
+                yield ("objective", "teacher"), f"{run}: no such run"
     if isinstance(recipe.data, DataSection):
         yield from _check_sizes(recipe.data, recipe.model.context_length if recipe.model.needs_full_window else 1)
 
 
+def _file_of(path: str) -> str:
+    """Return the file of a tokenizer, without the split in `FILE.tiktoken:SPLIT`."""
+    file, separator, _ = path.partition(".tiktoken:")
+    return f"{file}.tiktoken" if separator else path
+
+
 def _check_sizes(data: DataSection, context_length: int) -> Iterator[tuple[KeyPath, str]]:
     """Check that uncompressed files have at least `context_length` bytes."""
-    sizes, heldout = {"training": _plain_size(data.train)}, data.heldout
+    sizes, heldout = {"training": _plain_size(data.sources()["train"])}, data.heldout
+    for index, item in enumerate(data.mixture):
+        size = _plain_size(item.source)
+        if size is not None and size < context_length:
+            problem = "is empty" if not size else f"has {size:,} bytes, fewer than context_length {context_length:,}"
+            yield ("data", "train", index, "source"), f"{item.name} {problem} (use more text or remove the source)"
     if isinstance(heldout, HeldoutSources):
         sizes["held-out"] = _plain_size(heldout.sources)
     elif isinstance(heldout, HeldoutShare) and sizes["training"] is not None and heldout.by == "tail":

@@ -319,10 +319,11 @@ def _validate(document: _Document, check_files: bool) -> tuple[Recipe | Embeddin
         except ValidationError as error:
             errors = [_problem(item, values, document.schema) for item in error.errors(include_url=False)]
             by_path = {problem.path: problem for problem in errors}  # one problem per key
-            for path, problem in by_path.items():
+            for problem in by_path.values():
                 problems.append((document.location(problem.location), f"{_dotted(problem.shown)}: {problem.message}"))
-                wrong.add(path)
-            values = _without(values, set(by_path))
+            bad = {_outside_lists(path) for path in by_path}
+            wrong |= bad
+            values = _without(values, bad)
             values = _with_required(values, document.schema, wrong)
             continue
         checks = check_recipe if isinstance(recipe, Recipe) else check_embedding_recipe
@@ -390,6 +391,10 @@ def _schema_key(location: KeyPath, values: Any, schema: type[BaseModel]) -> _Sch
     inside: tuple[type[BaseModel], Variants | None, str] = (schema, None, "")
     parts = iter(location)
     for part in parts:
+        if isinstance(values, list):  # a list of sections, or a list as a short form
+            if isinstance(part, int):
+                key, values = _SchemaKey((*key.path, part), *inside), values[part]
+            continue
         if key.path and not isinstance(values, dict):
             break  # a short form, which does not contain the remaining keys
         key = _SchemaKey((*key.path, part), *inside)
@@ -464,6 +469,11 @@ def _key_hint(key: _SchemaKey, schema: type[BaseModel], value: object) -> str | 
     return hints.recipe_key(path, known) or did_you_mean(path[-1], key.section.model_fields)
 
 
+def _outside_lists(path: KeyPath) -> KeyPath:
+    """Return the path of the list that contains the key at `path`, or `path` if no list contains it."""
+    return next((path[:depth] for depth, part in enumerate(path) if isinstance(part, int)), path)
+
+
 def _without(values: Any, paths: set[KeyPath], prefix: KeyPath = ()) -> Any:
     """Return `values` without the keys at `paths`."""
     if isinstance(values, dict):
@@ -472,4 +482,5 @@ def _without(values: Any, paths: set[KeyPath], prefix: KeyPath = ()) -> Any:
 
 
 def _dotted(path: KeyPath) -> str:
-    return ".".join(str(part) for part in path)
+    """Join a path for a message: ("data", "train", 1, "weight") becomes `data.train[1].weight`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")

@@ -116,3 +116,10 @@ ENCODER_DECODER_PRESETS: dict[str, dict[str, Any]] = {
         "attention_dropout": 0.0,
     },
 }
+
+RECURRENT_ENCODER_DECODER_PRESETS: dict[str, dict[str, Any]] = {
+    # Bahdanau et al. (2015): a bidirectional encoder, and a decoder with additive attention.
+    "bahdanau": {"cell": "gru", "n_layer": 1, "encoder_direction": "both", "attention": "additive"},
+    # Sutskever et al. (2014): the last state of an encoder that reads the reversed source is the first state of the decoder.
+    "sutskever": {"cell": "lstm", "n_layer": 4, "encoder_direction": "backward", "attention": "none"},
+}

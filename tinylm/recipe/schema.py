@@ -22,9 +22,10 @@ from tinylm.recipe.encoder import EncoderSection, MaskedLMObjective
 from tinylm.recipe.encoder_decoder import EncoderDecoderSection
 from tinylm.recipe.fixed_context import FeedForwardSection, NgramSection
 from tinylm.recipe.labels import ClassificationObjective, LabelsSection
+from tinylm.recipe.mixture import MixedSource, TrainingSources, flat_sources, mixture_of
 from tinylm.recipe.notation import Dumper
 from tinylm.recipe.pairs import PairsSection, TranslationObjective
-from tinylm.recipe.recurrent import GruSection, LstmSection, RnnSection
+from tinylm.recipe.recurrent import GruSection, LstmSection, RecurrentEncoderDecoderSection, RnnSection
 from tinylm.recipe.sections import OpenUnion
 from tinylm.recipe.transformer import DecoderSection as DecoderSection
 from tinylm.recipe.transformer import LinearRopeScaling as LinearRopeScaling
@@ -60,8 +61,10 @@ from tinylm.recipe.values import (
     Positive,
     RequiredPath,
     RunName,
+    RunPaths,
     Seed,
     Share,
+    ShareAboveZero,
     ShareBelowOne,
     SmallCount,
     Sources,
@@ -138,8 +141,9 @@ OptionalTest = Annotated[
 class DataSection(DataVariant):
     """The text to train on and the text to evaluate on."""
 
-    train: Sources
-    """The text to train on."""
+    train: TrainingSources
+    """The text to train on: a SOURCE, a list of SOURCEs, which are concatenated, or a mixture. A mixture is a list of sections with
+    the keys `source` and `weight`. `heldout` and `test` then hold out a fraction of each source."""
     heldout: Heldout = HeldoutShare()
     """The text to evaluate on: a fraction of the training text, or another SOURCE."""
     test: OptionalTest = None
@@ -163,7 +167,13 @@ class DataSection(DataVariant):
 
     def sources(self) -> dict[str, tuple[str, ...]]:
         others = {"heldout": self.heldout, "test": self.test}
-        return {"train": self.train, **{key: text.sources for key, text in others.items() if isinstance(text, HeldoutSources)}}
+        found = {key: text.sources for key, text in others.items() if isinstance(text, HeldoutSources)}
+        return {"train": flat_sources(self.train), **found}
+
+    @property
+    def mixture(self) -> tuple[MixedSource, ...]:
+        """The sources of a mixture, or an empty tuple if `train` is a list of sources to concatenate."""
+        return mixture_of(self.train)
 
 
 def require_text(data: DataVariant) -> DataSection:
@@ -287,11 +297,12 @@ class ByteTokenizer(LearnedTokenizer):
 
 
 class FileTokenizer(Section):
-    """An existing tokenizer.json, which is used unchanged."""
+    """An existing tokenizer, which is used unchanged."""
 
     kind: Literal["file"]
     path: RequiredPath
-    """Path to the tokenizer.json."""
+    """A tokenizer.json, a sentencepiece model (`FILE.model`) or a tiktoken rank file (`FILE.tiktoken:SPLIT`, where SPLIT is the
+    pretokenizer, as for `bpe`; without it, `llama3`)."""
 
 
 def _default_tokenizer(value: object) -> object:
@@ -318,6 +329,7 @@ MODEL_VARIANTS = OpenUnion(
     NgramSection,
     EncoderSection,
     EncoderDecoderSection,
+    RecurrentEncoderDecoderSection,
 )
 """The architectures. Code outside the library can add one with `register_model_section`."""
 
@@ -342,6 +354,12 @@ class CausalLMObjective(ObjectiveVariant):
     mask_prompt: Flag = True
     """With the chat format, compute the loss only on the assistant's messages and end-of-turn tokens. If false, compute it on all
     messages."""
+    teacher: RunPaths = ()
+    """Runs to distill (Hinton et al. 2015): the model also learns to predict the mean of their probabilities. The best checkpoint of
+    each run is used, or the one whose folder the path names. The runs must have this recipe's tokenizer."""
+    teacher_weight: ShareAboveZero = 0.5
+    """The share `w` of the teacher in the loss, which is `(1 - w)` times the cross-entropy plus `w` times the Kullback-Leibler
+    divergence from the teachers' distribution to the model's."""
 
 
 OBJECTIVE_VARIANTS = OpenUnion("name", CausalLMObjective, MaskedLMObjective, ClassificationObjective, TranslationObjective)
@@ -374,6 +392,9 @@ class MuonOptimizer(Section):
     """Nesterov momentum."""
     momentum_warmup: CountOrZero = 0
     """Number of steps over which the momentum rises from 0.85 to the value of `momentum`."""
+    orthogonalization: Literal["newton_schulz", "zolotarev"] = "newton_schulz"
+    """How updates are orthogonalized: by Newton-Schulz iterations, or by a Zolotarev function of the singular values (Nakatsukasa &
+    Freund 2016), which maps more of them close to 1, always computes in fp32, and needs fewer floating-point operations."""
     newton_schulz: Literal["polar_express", "classic"] = "polar_express"
     """Coefficients of the Newton-Schulz iteration: `polar_express` (Amsel et al. 2025) or `classic` (Jordan et al. 2024)."""
     newton_schulz_steps: SmallCount = 3
@@ -391,6 +412,18 @@ class MuonOptimizer(Section):
     """The betas of AdamW."""
     eps: Epsilon = 1e-8
     """The epsilon of AdamW."""
+
+    @property
+    def computes_in_bf16(self) -> bool:
+        """Whether updates are orthogonalized in bf16, if `newton_schulz_dtype` is not `auto`."""
+        return self.newton_schulz_dtype == "bf16" and self.orthogonalization == "newton_schulz"
+
+    def resolved(self, *, has_bf16_units: bool) -> MuonOptimizer:
+        """Replace `auto` with the value for hardware with or without bf16 matrix units."""
+        if self.newton_schulz_dtype != "auto":
+            return self
+        dtype = "bf16" if has_bf16_units else "fp32"
+        return self.model_copy(update={"newton_schulz_dtype": dtype})
 
 
 Optimizer = Annotated[MuonOptimizer | AdamWOptimizer, Field(discriminator="name")]

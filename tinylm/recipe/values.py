@@ -147,6 +147,13 @@ def _betas(value: object) -> object:
     return _INVALID if _INVALID in pair or 1.0 in pair else pair
 
 
+def _mixture_weight(value: object) -> object:
+    if not isinstance(value, (list, tuple)):
+        return _real(0.0, above=True, limit=1e6)(value)
+    pair = tuple(_real(0.0, limit=1e6)(weight) for weight in value)
+    return _INVALID if _INVALID in pair or len(pair) != 2 or not any(pair) else pair
+
+
 def _mask_rates(value: object) -> object:
     values = value if isinstance(value, (list, tuple)) else [value]
     rates = tuple(_real(0.0, 1.0, above=True)(rate) for rate in values)
@@ -239,6 +246,14 @@ def _sources(value: object) -> object:
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, str) and item.strip() for item in value):
         return tuple(value)
     return _INVALID
+
+
+def _run_paths(value: object) -> object:
+    values = (value,) if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple)):
+        return _INVALID
+    paths = tuple(_path(item) for item in values)
+    return _INVALID if _INVALID in paths or len(set(paths)) < len(paths) else paths
 
 
 def _texts(value: object) -> object:
@@ -336,6 +351,10 @@ OptionalInterval = Annotated[
     int | float | None,
     _validated(_or_word(_interval, None), "a whole number of at least 1, a share below 1 of the training run, or null"),
 ]
+MixtureWeight = Annotated[
+    float | tuple[float, float],
+    _validated(_mixture_weight, "a number above 0, or the numbers at the beginning and end of training, like [2, 0.5]"),
+]
 MaskRates = Annotated[tuple[float, ...], _validated(_mask_rates, "a share above 0 and below 1, or two of them, like [0.3, 0.15]")]
 LabelList = Annotated[tuple[str, ...], _validated(_label_list, "a list of different labels")]
 Counts = Annotated[tuple[int, ...], _validated(_counts, "a list of whole numbers")]
@@ -356,6 +375,7 @@ AttentionPattern = Annotated[
 ]
 RopePattern = Annotated[tuple[str, ...], _validated(_rope_pattern, "a list of rope and none, like [rope, rope, none]")]
 Sources = Annotated[tuple[str, ...], _validated(_sources, "a SOURCE (a file, folder, glob, URL or builtin:NAME) or a list of them")]
+RunPaths = Annotated[tuple[str, ...], _validated(_run_paths, "a run folder or a list of different run folders")]
 Targets = Annotated[tuple[str, ...], _validated(_targets, f"a list of {', '.join(LORA_TARGETS)}")]
 Texts = Annotated[tuple[str, ...], _validated(_texts, "text or a list of texts")]
 Trackers = Annotated[tuple[str, ...], _validated(_trackers, f"one of {', '.join(TRACKERS)}, or a list of them")]

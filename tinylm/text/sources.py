@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tinylm.errors import InputError, missing_extra
+from tinylm.file_kinds import is_prepared_text
 from tinylm.paths import cache_folder, name_write_errors, temporary_folder
 from tinylm.text import builtin
 from tinylm.text.cutting import cut_into_pieces
@@ -150,6 +151,9 @@ class Corpus:
     def _open_path(self, source: str) -> Iterator[TextFile]:
         path = os.path.expanduser(source)
         if os.path.isdir(path):
+            if is_prepared_text(path):
+                hint = "it can only be the single source of data.train in a recipe with format text"
+                raise InputError("is a folder with tokens that `tinylm prepare` wrote, not text", where=source, hint=hint)
             files = list(_walk(path))
             texts = [file for file in files if format_suffix(file) == ".parquet" or looks_like_text(file)]
             self.skipped += sorted(set(files) - set(texts))

@@ -1,0 +1,1 @@
+"""Prepare large texts for training: clean, filter and deduplicate documents, and encode them as tokens."""

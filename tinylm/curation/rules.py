@@ -1,0 +1,263 @@
+"""Quality rules for documents: those of Gopher, C4 and FineWeb, with the limits that FineWeb uses.
+
+Gopher: Rae et al. 2021, table A1. C4: Raffel et al. 2020, without the rule that lines must end with punctuation, as in FineWeb.
+FineWeb: Penedo et al. 2024; the limits are the defaults of datatrove, with which the dataset was made. A rule measures one number
+and removes a document if the number is outside its limits. Words are separated by whitespace. The rules were designed for English
+web pages.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from tinylm.curation.words import hash_ngrams
+
+_STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
+_PARAGRAPH_BREAK = re.compile(r"\n{2,}")
+_SENTENCE_BREAK = re.compile(r"[.!?][\"'”’)\]]*[ \t]+(?=\S)")
+_TERMINAL_PUNCTUATION = tuple(".!?…。！？．؟।॥։።…\"'”’»")
+_SHORT_LINE_CHARACTERS = 30
+_MIN_REPEATED_SHARE, _MIN_TOP_SHARE = 0.10, 0.16
+"""The smallest limits of the rules for repeated n-grams and for the most frequent n-gram."""
+
+
+class Page:
+    """A document with the quantities that several rules use."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    @cached_property
+    def lines(self) -> list[str]:
+        """The lines that are not blank."""
+        return [line for line in self.text.split("\n") if line.strip()]
+
+    @cached_property
+    def paragraphs(self) -> list[str]:
+        return _PARAGRAPH_BREAK.split(self.text.strip())
+
+    @cached_property
+    def words(self) -> list[str]:
+        return self.text.split()
+
+    @cached_property
+    def word_lengths(self) -> np.ndarray:
+        return np.fromiter(map(len, self.words), dtype=np.int64, count=len(self.words))
+
+    @cached_property
+    def word_hashes(self) -> np.ndarray:
+        # These hashes differ between processes, but all results only depend on which of them are equal.
+        return np.fromiter(map(hash, self.words), dtype=np.int64, count=len(self.words)).view(np.uint64)
+
+    @cached_property
+    def repeated_lines(self) -> tuple[int, int]:
+        """How many lines repeat an earlier one, and their characters."""
+        return _repeated(self.lines)
+
+    @cached_property
+    def repeated_paragraphs(self) -> tuple[int, int]:
+        """How many paragraphs repeat an earlier one, and their characters."""
+        return _repeated(self.paragraphs)
+
+    @cached_property
+    def share_in_repeated_5_grams(self) -> float:
+        """The fraction of the characters that are in a 5-gram that occurred before. It is an upper bound for all longer n-grams."""
+        return self._share_in_repeated(5)
+
+    def _share_in_repeated(self, length: int) -> float:
+        hashes = hash_ngrams(self.word_hashes, length)
+        if _highest_count(hashes) < 2:
+            return 0.0
+        _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+        repeated = np.flatnonzero(first[inverse] != np.arange(len(hashes)))
+        edges = np.zeros(len(self.words) + 1, dtype=np.int64)
+        np.add.at(edges, repeated, 1)
+        np.add.at(edges, repeated + length, -1)
+        return float(self.word_lengths[np.cumsum(edges)[:-1] > 0].sum() / len(self.text))
+
+    def share_of_repeated_ngrams(self, length: int) -> float:
+        """Return the fraction of the characters in n-grams that occurred before. N-grams that overlap are counted once.
+
+        If the fraction is below the limits of all rules, the result is an upper bound, which is much faster.
+        """
+        if self.share_in_repeated_5_grams <= _MIN_REPEATED_SHARE:
+            return self.share_in_repeated_5_grams
+        hashes = hash_ngrams(self.word_hashes, length).tolist()
+        ends = np.concatenate(([0], np.cumsum(self.word_lengths))).tolist()
+        seen: set[int] = set()
+        characters = position = 0
+        while position < len(hashes):
+            if hashes[position] in seen:
+                characters += ends[position + length] - ends[position]
+                position += length
+            else:
+                seen.add(hashes[position])
+                position += 1
+        return characters / len(self.text)
+
+    def share_of_top_ngram(self, length: int) -> float:
+        """Return the fraction of the characters in the most frequent n-gram, or 0 if no n-gram is repeated.
+
+        If the fraction is below the limits of all rules, the result is an upper bound, which is much faster.
+        """
+        hashes = hash_ngrams(self.word_hashes, length)
+        count = _highest_count(hashes)
+        if count < 2:
+            return 0.0
+        ends = np.concatenate(([0], np.cumsum(self.word_lengths)))
+        sizes = ends[length:] - ends[:-length] + length - 1
+        bound = count * int(sizes.max()) / len(self.text)
+        if bound <= _MIN_TOP_SHARE:
+            return bound
+        _, first, counts = np.unique(hashes, return_index=True, return_counts=True)
+        return count * int(sizes[first[counts == count].min()]) / len(self.text)
+
+
+def _highest_count(hashes: np.ndarray) -> int:
+    """Return how often the most frequent value occurs."""
+    ordered = np.sort(hashes)
+    if not (ordered[1:] == ordered[:-1]).any():
+        return min(len(hashes), 1)
+    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
+    return int(np.diff(np.append(starts, len(ordered))).max())
+
+
+def _repeated(elements: Sequence[str]) -> tuple[int, int]:
+    """Return how many elements repeat an earlier one, and their characters."""
+    unique = set(elements)
+    return len(elements) - len(unique), sum(map(len, elements)) - sum(map(len, unique))
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _count_share(repeated: tuple[int, int], elements: Sequence[str]) -> float:
+    return _share(repeated[0], len(elements))
+
+
+def _text_share(repeated: tuple[int, int], page: Page) -> float:
+    return _share(repeated[1], len(page.text))
+
+
+def _line_share(page: Page, condition: Callable[[str], bool]) -> float:
+    return _share(sum(map(condition, page.lines)), len(page.lines))
+
+
+def _is_bullet(line: str) -> bool:
+    return line.lstrip().startswith(("•", "-"))
+
+
+def _ends_with_ellipsis(line: str) -> bool:
+    return line.rstrip().endswith(("...", "…"))
+
+
+def _words_with_letter(words: Sequence[str]) -> int:
+    others = [word for word in words if not word[0].isalpha()]
+    return len(words) - sum(not any(map(str.isalpha, word)) for word in others)
+
+
+def _sentences(page: Page) -> int:
+    return len(page.lines) + len(_SENTENCE_BREAK.findall(page.text))
+
+
+def _stop_words(page: Page) -> int:
+    return len(_STOP_WORDS.intersection(page.words))
+
+
+def _top_ngram(length: int) -> Callable[[Page], float]:
+    return lambda page: page.share_of_top_ngram(length)
+
+
+def _repeated_ngrams(length: int) -> Callable[[Page], float]:
+    return lambda page: page.share_of_repeated_ngrams(length)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A quality rule. A document is removed if `measure` returns a value below `low` or above `high`."""
+
+    name: str
+    quantity: str
+    measure: Callable[[Page], float]
+    low: float = -math.inf
+    high: float = math.inf
+
+    @property
+    def group(self) -> str:
+        return self.name.partition("_")[0]
+
+    @property
+    def meaning(self) -> str:
+        """What the rule removes, for example `fewer than 50 words`."""
+        limits = [f"less than {self.low:,g}"] if self.low > -math.inf else []
+        limits += [f"more than {self.high:,g}"] if self.high < math.inf else []
+        return f"{self.quantity}: {' or '.join(limits)}"
+
+
+RULES = (
+    Rule(
+        "gopher_paragraphs", "share of repeated paragraphs", lambda p: _count_share(p.repeated_paragraphs, p.paragraphs), high=0.3
+    ),
+    Rule(
+        "gopher_paragraph_text", "share of text in repeated paragraphs", lambda p: _text_share(p.repeated_paragraphs, p), high=0.2
+    ),
+    Rule("gopher_lines", "share of repeated lines", lambda p: _count_share(p.repeated_lines, p.lines), high=0.3),
+    Rule("gopher_line_text", "share of text in repeated lines", lambda p: _text_share(p.repeated_lines, p), high=0.2),
+    *(
+        Rule(f"gopher_top_{n}_gram", f"share of text in the most frequent {n}-gram", _top_ngram(n), high=limit)
+        for n, limit in ((2, 0.2), (3, 0.18), (4, _MIN_TOP_SHARE))
+    ),
+    *(
+        Rule(f"gopher_{n}_grams", f"share of text in repeated {n}-grams", _repeated_ngrams(n), high=limit)
+        for n, limit in ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, _MIN_REPEATED_SHARE))
+    ),
+    Rule("gopher_words", "words", lambda p: len(p.words), 50, 100_000),
+    Rule("gopher_word_length", "mean word length", lambda p: _share(float(p.word_lengths.sum()), len(p.words)), 3, 10),
+    Rule("gopher_hashes", "number signs (#) per word", lambda p: _share(p.text.count("#"), len(p.words)), high=0.1),
+    Rule("gopher_ellipses", "ellipses per word", lambda p: _share(p.text.count("...") + p.text.count("…"), len(p.words)), high=0.1),
+    Rule("gopher_bullets", "share of lines that begin with a bullet", lambda p: _line_share(p, _is_bullet), high=0.9),
+    Rule(
+        "gopher_ellipsis_lines", "share of lines ending with an ellipsis", lambda p: _line_share(p, _ends_with_ellipsis), high=0.3
+    ),
+    Rule("gopher_letters", "share of words with a letter", lambda p: _share(_words_with_letter(p.words), len(p.words)), 0.8),
+    Rule("gopher_stop_words", f"different words among {', '.join(sorted(_STOP_WORDS))}", _stop_words, 2),
+    Rule("c4_lorem_ipsum", "occurrences of lorem ipsum", lambda p: p.text.lower().count("lorem ipsum"), high=0),
+    Rule("c4_curly_brackets", "occurrences of {", lambda p: p.text.count("{"), high=0),
+    Rule("c4_sentences", "sentences", _sentences, 5),
+    Rule(
+        "fineweb_punctuation",
+        "share of lines that end with punctuation",
+        lambda p: _line_share(p, lambda line: line.endswith(_TERMINAL_PUNCTUATION)),
+        0.12,
+    ),
+    Rule(
+        "fineweb_short_lines",
+        f"share of lines with at most {_SHORT_LINE_CHARACTERS} characters",
+        lambda p: _line_share(p, lambda line: len(line) <= _SHORT_LINE_CHARACTERS),
+        high=0.67,
+    ),
+    Rule(
+        "fineweb_repeated_lines",
+        "share of text in repeated lines",
+        lambda p: _share(p.repeated_lines[1], len(p.text) - p.text.count("\n")),
+        high=0.01,
+    ),
+    Rule("fineweb_line_breaks", "line breaks per word", lambda p: _share(len(p.lines) - 1, len(p.words)), high=0.3),
+)
+"""All rules in the order in which they are applied. Those of Gopher are applied before the line rules of C4."""
+
+
+def first_violated(page: Page, rules: Sequence[Rule]) -> tuple[Rule, float] | None:
+    """Return the first rule that removes the document, and the measured value, or None if no rule removes it."""
+    for rule in rules:
+        value = rule.measure(page)
+        if not rule.low <= value <= rule.high:
+            return rule, value
+    return None

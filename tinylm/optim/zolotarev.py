@@ -1,0 +1,131 @@
+"""Orthogonalize matrices with a Zolotarev function of their singular values (Nakatsukasa & Freund 2016).
+
+The rational function f(x) = x (ALPHA + sum of beta / (x^2 + shift)) is applied to the singular values of a matrix that is divided
+by its Frobenius norm. No other rational function of this degree brings values in [0.005, 1] as close to 1: it maps them to
+1 +- 0.1. Three Newton-Schulz iterations map values in [0.01, 1] to 1 +- 0.27 and need more floating-point operations.
+
+Legend: `N` matrices, each with `R` rows and `C` columns; `n` is the smaller of the two.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from tinylm.cost.memory import ZOLOTAREV_BATCH
+
+LOWER_BOUND = 0.005
+"""The smallest singular value, relative to the Frobenius norm, that is brought close to 1."""
+ALPHA = 0.849001603
+TERMS = ((0.0172780144, 7.853246321e-05), (0.2377250614, 0.01920639484))
+"""(beta, shift) for each term of f: the partial fractions of equation 3.4 in the paper with r = 2 and l = `LOWER_BOUND`."""
+
+_LAPACK_ROWS = 48
+"""Larger matrices are inverted in blocks. LAPACK's small factorizations are far slower than matrix products."""
+_GRAM_ROWS = 96
+"""The smallest number of rows of a Gram matrix that are computed by one matrix product."""
+
+
+def transforms(matrices: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Yield the index of each matrix X, (R, C), with a matrix Q, (n, n).
+
+    The orthogonalized matrix is `X @ Q` if X has more rows than columns, and `Q @ X` otherwise. Only this product and the Gram
+    matrix of X involve the long side of X.
+    """
+    indices_by_size: dict[int, list[int]] = defaultdict(list)
+    for index, matrix in enumerate(matrices):
+        indices_by_size[min(matrix.shape)].append(index)
+    for indices in indices_by_size.values():
+        for start in range(0, len(indices), ZOLOTAREV_BATCH):
+            batch = indices[start : start + ZOLOTAREV_BATCH]
+            yield from zip(batch, _transform_batch([_wide(matrices[index]) for index in batch]), strict=True)
+
+
+def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Orthogonalize (R, C) matrices. The results are `U f(S) V^T` for matrices with the singular value decomposition `U S V^T`."""
+    results = list(matrices)
+    for index, transform in transforms(matrices):
+        matrix = matrices[index]
+        results[index] = matrix @ transform if _is_tall(matrix) else transform @ matrix
+    return results
+
+
+def subtract_orthogonalized(
+    weights: Sequence[Tensor], updates: Sequence[Tensor], factors: Sequence[float], weight_factor: float
+) -> None:
+    """Multiply each weight by `weight_factor` and subtract its orthogonalized update, multiplied by one of `factors`, in place.
+
+    The orthogonalized updates are never stored.
+    """
+    for index, transform in transforms(updates):
+        update = updates[index]
+        left, right = (update, transform) if _is_tall(update) else (transform, update)
+        weights[index].addmm_(left, right, beta=weight_factor, alpha=-factors[index])
+
+
+def _is_tall(matrix: Tensor) -> bool:
+    return matrix.shape[0] > matrix.shape[1]
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    return matrix.mT if _is_tall(matrix) else matrix
+
+
+def _transform_batch(matrices: Sequence[Tensor]) -> Tensor:
+    """Return Q for matrices X with n rows and at least n columns, (N, n, n).
+
+    Q = (ALPHA I + sum of beta (X X^T / norm^2 + shift I)^-1) / norm, where norm is the Frobenius norm of X.
+    """
+    n = len(matrices[0])
+    shifted = matrices[0].new_empty((len(TERMS), len(matrices), n, n))
+    for matrix, gram in zip(matrices, shifted[0], strict=True):
+        _write_gram(matrix, gram)
+    squared_norms = shifted[0].diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(1e-14)[:, None]  # (N, 1)
+    shifted[0] /= squared_norms[:, :, None]
+    shifted[1:] = shifted[0]
+    for matrix, (_, shift) in zip(shifted, TERMS, strict=True):
+        matrix.diagonal(dim1=-2, dim2=-1).add_(shift)
+    _invert(shifted.flatten(0, 1))
+    norms = squared_norms.sqrt()
+    result = shifted[0].mul_(TERMS[0][0] / norms[:, :, None])
+    for inverse, (beta, _) in zip(shifted[1:], TERMS[1:], strict=True):
+        result.addcmul_(inverse, beta / norms[:, :, None])
+    result.diagonal(dim1=-2, dim2=-1).add_(ALPHA / norms)
+    return result
+
+
+def _write_gram(matrix: Tensor, out: Tensor) -> None:
+    """Write `matrix @ matrix.mT` to `out`, except for the blocks below the diagonal that `_invert` does not read."""
+    start, n = 0, len(matrix)
+    while start < n:
+        end = start + (n - start) // 2 if n - start >= 2 * _GRAM_ROWS else n
+        torch.mm(matrix[start:end], matrix[start:].mT, out=out[start:end, start:])
+        start = end
+
+
+def _invert(matrices: Tensor) -> None:
+    """Invert symmetric positive definite matrices, (N, n, n), in place, by blocks (https://en.wikipedia.org/wiki/Schur_complement).
+
+    The first half of the rows is read, and of the other half, recursively, the columns on the right.
+    """
+    n = matrices.shape[-1]
+    if n <= _LAPACK_ROWS:
+        factors = torch.linalg.cholesky_ex(matrices)[0]
+        identity = torch.eye(n, dtype=matrices.dtype, device=matrices.device).expand_as(matrices)
+        inverse_factors = torch.linalg.solve_triangular(factors, identity, upper=False)
+        torch.bmm(inverse_factors.mT, inverse_factors, out=matrices)
+        return
+    half = n // 2
+    first, last = matrices[:, :half, :half], matrices[:, half:, half:]
+    upper, lower = matrices[:, :half, half:], matrices[:, half:, :half]
+    _invert(first)
+    product = first @ upper
+    last.baddbmm_(upper.mT, product, alpha=-1)
+    _invert(last)
+    corner = product @ last
+    first.baddbmm_(corner, product.mT)
+    torch.neg(corner, out=upper)
+    lower.copy_(upper.mT)
