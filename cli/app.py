@@ -39,6 +39,7 @@ COMMANDS = {
     "export": ("Share", "Export a model to Hugging Face, llama.cpp or ONNX and verify it."),
     "import": ("Share", "Import a Hugging Face model, a nanoGPT checkpoint or an ARPA file as a run."),
     "sweep": ("Train", "Train a recipe with many settings and compare them."),
+    "scale": ("Train", "Fit a scaling law to small runs on a text, and predict a larger run."),
     "ladder": ("Train", "Train an n-gram model, older networks and a GPT on the same text and compare them."),
     "runs": ("Use", "List runs with their steps and held-out metrics."),
     "plot": ("Use", "Plot the training curves of runs."),

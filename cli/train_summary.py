@@ -54,7 +54,9 @@ def show_summary(result: TrainResult, summary: TrainingSummary, console: StderrC
     if summary.samples:
         _show_samples(summary.samples, console)
     run = shlex.quote(result.run)
-    if result.stopped != "done":
+    if result.stopped == "patience":
+        console.print_line("stopped early, because evaluations no longer improved (evaluation.patience)", styles.WARNING)
+    elif result.stopped != "done":
         text = f"stopped early; the last step is saved. Continue with: tinylm train {run} --resume"
         console.print_line(text, styles.WARNING)
         return

@@ -21,7 +21,7 @@ from tinylm.pipeline import train
 from tinylm.recipe import Recipe, loads
 from tinylm.run import Run
 from tinylm.training import gradient, precision
-from tinylm.training.metrics import Observer
+from tinylm.training.metrics import Observer, StepEvent
 from tinylm.training.step import accumulate
 
 TINY = """\
@@ -116,6 +116,17 @@ class NoteCollector(Observer):
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+
+class StopAt(Observer):
+    """Stop training after a step."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def step(self, event: StepEvent) -> None:
+        if event.step == self._step:
+            self.request_stop()
 
 
 Change = Callable[[Transformer, torch.Tensor], torch.Tensor]

@@ -28,7 +28,7 @@ class MemoryEstimate:
 
     `activations`, `update` and `evaluation` are the peaks for a forward and backward pass, the optimizer's temporaries and an
     evaluation. They do not occur at the same time. `saving` is the copy of the weights and optimizer state that is made on a CPU
-    while a checkpoint is written. `teachers` is the size of the weights of distilled models. `total` is the peak for the whole run.
+    while a checkpoint is written. `optimizer` includes the moving average of the weights. `teachers` is the size of the weights of distilled models. `total` is the peak for the whole run.
     On a GPU, it includes the largest of the three peaks. On a CPU, it is the resident set, which includes freed memory that the
     allocator keeps.
     """
@@ -71,7 +71,7 @@ def estimate_memory(
     trained = lora_parameters(model, lora) if lora else parameters
     optimizer = optimizer or recipe.training.optimizer
     muon = isinstance(optimizer, MuonOptimizer)
-    slots = 2 * trained - (counts["matrices"] if muon else 0)
+    slots = 2 * trained - (counts["matrices"] if muon else 0) + (trained if recipe.training.ema is not None else 0)
     config = memory.PassConfig(
         vocab_size,
         micro_batch_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from tinylm.device import has_bf16_units
 from tinylm.errors import InputError
+from tinylm.optim.ema import EMA, WeightAverage
 from tinylm.optim.muon import Muon
 from tinylm.recipe.schema import MuonOptimizer, Optimizer
 
@@ -36,11 +38,15 @@ class TrainableNetwork(Protocol):
 
 
 class Optimizers:
-    """One or two torch optimizers that step together, with a shared learning-rate multiplier and one flat state dictionary."""
+    """One or two torch optimizers that step together, with a shared learning-rate multiplier and one flat state dictionary.
+
+    They can also average the weights (`keep_average`).
+    """
 
     def __init__(self, parts: Mapping[str, torch.optim.Optimizer], names: Mapping[nn.Parameter, str]) -> None:
         self.parts = dict(parts)
         self._names = dict(names)
+        self._average: WeightAverage | None = None
         for group in self.param_groups:
             group["peak"] = float(group["lr"])
 
@@ -68,12 +74,26 @@ class Optimizers:
             part.found_inf = None if usable is None else (~usable).float()  # type: ignore[attr-defined]
             part.step()
 
+    def keep_average(self, network: nn.Module, decay: float) -> None:
+        """Keep an exponential moving average of the weights of `network` from now on."""
+        self._average = WeightAverage(network, self._names, decay)
+
+    def update_average(self, step: int, usable: Tensor | None = None) -> None:
+        """Update the averages of the weights, if there are any. `step` is the number of completed steps; `usable` is as in `step`."""
+        if self._average is not None:
+            self._average.update(step, usable)
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Replace the weights of the network with their averages while the context is active, if there are averages."""
+        return nullcontext() if self._average is None else self._average.applied()
+
     def state(self) -> dict[str, Tensor]:
         """Return the tensors of the optimizer state, named `part/parameter/slot`.
 
-        Example: `muon/blocks.0.attention.qkv.weight/momentum`.
+        Example: `muon/blocks.0.attention.qkv.weight/momentum`. If the weights are averaged, the state contains the trained weights.
         """
-        return {f"{part}/{name}/{slot}": value for part, name, slot, value in self._slots()}
+        slots = {f"{part}/{name}/{slot}": value for part, name, slot, value in self._slots()}
+        return slots if self._average is None else slots | self._average.state()
 
     def _slots(self) -> Iterator[tuple[str, str, str, Tensor]]:
         for part, optimizer in self.parts.items():
@@ -100,12 +120,20 @@ class Optimizers:
         return tensors
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Replace the optimizer state with copies of the tensors in `state`, which are named as in `Optimizers.state`."""
+        """Replace the optimizer state with copies of the tensors in `state`, which are named as in `Optimizers.state`.
+
+        Load the weights of the network first. If they are averages, `state` contains the trained weights, which replace them.
+        """
         for part in self.parts.values():
             part.state.clear()
+        if self._average is not None:
+            self._average.restart()
         for key, value in state.items():
             part_name, parameter, slot = self._find_slot(key)
-            self.parts[part_name].state[parameter][slot] = value.clone()
+            if part_name == EMA:
+                parameter.detach().copy_(value)
+            else:
+                self.parts[part_name].state[parameter][slot] = value.clone()
 
     def _find_slot(self, key: str) -> tuple[str, nn.Parameter, str]:
         """Split `part/parameter/slot` and look up the parameter. Raises `KeyError` if optimizer `part` does not update it."""
@@ -113,7 +141,7 @@ class Optimizers:
         name, _, slot = rest.partition("/")
         parameters = {name: parameter for parameter, name in self._names.items()}
         parameter = parameters[name]
-        if not any(parameter is member for group in self.parts[part].param_groups for member in group["params"]):
+        if part != EMA and not any(parameter is member for group in self.parts[part].param_groups for member in group["params"]):
             raise KeyError(key)
         return part, parameter, slot
 

@@ -57,7 +57,8 @@ class TrainResult:
     precision: str
     peak_memory_bytes: int | None
     stopped: str
-    """Why training ended: `done`, `time` (`stop_after`), `signal` or `callback` (`Observer.request_stop`)."""
+    """Why training ended: `done`, `patience` (`evaluation.patience`), `time` (`stop_after`), `signal` or `callback`
+    (`Observer.request_stop`)."""
     signal_number: int | None = None
 
     def as_dict(self) -> dict[str, Any]:

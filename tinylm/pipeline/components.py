@@ -61,6 +61,8 @@ def build_components(job: TrainingJob, network: Model, precision: Precision, pro
         raise InputError("fsdp does not support LoRA on conversations", where="training.parallel", hint="use ddp")
     parallelized = Parallel(network, strategy, processes, precision)
     optimizers = groups.build(job.recipe.training.optimizer, network, parallelized.mesh)
+    if job.recipe.training.ema is not None:
+        optimizers.keep_average(network, job.recipe.training.ema)
     return Components(parallelized, optimizers, precision, checkpoints)
 
 

@@ -56,6 +56,7 @@ from tinylm.recipe.values import (
     OptionalCount,
     OptionalInterval,
     OptionalPositive,
+    OptionalShareBelowOne,
     OptionalSmallCount,
     OptionalTemplate,
     Positive,
@@ -556,6 +557,9 @@ class TrainingSection(Section):
     """The learning rate schedule, as a name or as a section: `wsd`, `cosine`, `linear`, `constant`, `inverse_sqrt` or `noam`."""
     clip_grad_norm: ClipNorm = 1.0
     """Maximum global gradient norm. `off` means no clipping."""
+    ema: OptionalShareBelowOne = None
+    """Decay of an exponential moving average of the weights, such as 0.999. Evaluations, samples and the saved model then use the
+    averages. In step `t`, the decay is at most `(1 + t) / (10 + t)`. `null` means no average."""
     compile: FlagOrAuto = "auto"
     """Compile the blocks with torch.compile. `auto` compiles them if that saves more time than the compilation takes."""
     activation_checkpointing: Flag = False
@@ -590,6 +594,8 @@ class EvaluationSection(Section):
     every: Interval = 100
     """Number of steps between evaluations, or a fraction of the training run if below 1. The last step is always evaluated. With
     `training.minutes`, the default is 0.125."""
+    patience: OptionalCount = None
+    """Stop training after this many evaluations in a row without a better value of the primary metric. `null` means never."""
     max_tokens: TokenCount = None
     """Evaluate only on the first `max_tokens` held-out tokens. `null` means all."""
     stride: OptionalCount = None

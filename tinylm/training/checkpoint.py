@@ -36,6 +36,7 @@ from torch import Tensor
 import tinylm
 from tinylm.errors import InputError, TinylmError, WorkError
 from tinylm.model.base import Model
+from tinylm.optim.ema import EMA
 from tinylm.optim.groups import Optimizers
 from tinylm.paths import atomic_write_text, sync_folder
 from tinylm.processes import SINGLE_PROCESS, Processes
@@ -265,7 +266,8 @@ def restore(
 ) -> dict[str, Any]:
     """Load the weights and the optimizer state from a checkpoint, and return the contents of its state.json.
 
-    Each process reads its own shard. Without `load_optimizer`, the optimizer state stays empty. Raises `InputError` if the
+    Each process reads its own shard. Without `load_optimizer`, the optimizer state stays empty, but trained weights are loaded in
+    place of their averages. Raises `InputError` if the
     checkpoint does not match the network or the optimizers.
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -277,7 +279,8 @@ def restore(
         reader = HuggingFaceStorageReader(str(checkpoint.path))
         shapes = {name: _stored_shape(name, entry) for name, entry in reader.read_metadata().state_dict_metadata.items()}
         _check_weights(weights, shapes)
-        optimizer_shapes = {name: shape for name, shape in shapes.items() if "/" in name and load_optimizer}
+        loaded = "" if load_optimizer else f"{EMA}/"
+        optimizer_shapes = {name: shape for name, shape in shapes.items() if "/" in name and name.startswith(loaded)}
         optimizer_state = optimizers.empty_state(optimizer_shapes)
         with _ignore_warnings():
             load(

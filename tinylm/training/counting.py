@@ -7,6 +7,7 @@ whole text, because merging the counts from several processes would take about a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from time import perf_counter
 from typing import cast
@@ -48,6 +49,10 @@ class CountState:
             "sizes": np.array([len(counts) for counts in self.counts.counts]),
         }
         return {_PREFIX + name: torch.from_numpy(array) for name, array in arrays.items() if len(array)}
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Do nothing, because the model has no weights to average."""
+        return nullcontext()
 
     def empty_state(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
         """Allocate tensors to load saved counts into."""

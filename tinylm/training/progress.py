@@ -11,6 +11,8 @@ from tinylm.evaluation.metrics import Metric, Metrics
 from tinylm.training.guards import GuardState
 
 _COUNTS = ("step", "cursor", "tokens", "evaluated_step", "best_step")
+_SINCE_BEST = "evaluations_since_best"
+"""This key is optional, because older checkpoints do not have it."""
 _TIMES = ("seconds", "train_seconds")
 _LARGEST = 2**63
 
@@ -20,7 +22,7 @@ def check_state(state: dict[str, Any], where: str) -> None:
     watch = state.get("watch")
     if not isinstance(watch, dict) or not isinstance(state.get("scaler"), dict) or watch.keys() != GuardState().__dict__.keys():
         raise InputError("state.json has an unexpected structure", where=where)
-    counts = {**{name: state.get(name) for name in _COUNTS}, **{name: watch[name] for name in watch if name != "recent"}}
+    counts = {**{name: state.get(name) for name in _COUNTS}, _SINCE_BEST: state.get(_SINCE_BEST, 0), **{name: watch[name] for name in watch if name != "recent"}}
     times = {name: state.get(name) for name in _TIMES}
     recent = watch["recent"] if isinstance(watch["recent"], list) else [None]
     wrong = [name for name, value in counts.items() if type(value) is not int or not 0 <= value < _LARGEST]
@@ -53,6 +55,8 @@ class Progress:
     """The step of the best checkpoint, or 0 if there is none."""
     best_value: float | None = None
     """The primary metric of the best checkpoint."""
+    evaluations_since_best: int = 0
+    """Number of evaluations since the last one that improved the primary metric."""
     watch: GuardState = field(default_factory=GuardState)
 
     def as_state(self, defined: Sequence[Metric]) -> dict[str, Any]:
@@ -68,6 +72,7 @@ class Progress:
             "evaluated_step": self.evaluated_step,
             "best_step": self.best_step,
             _best_key(defined): self.best_value,
+            _SINCE_BEST: self.evaluations_since_best,
             "watch": asdict(self.watch),
         }
 
@@ -86,6 +91,7 @@ class Progress:
             evaluated_step=state["evaluated_step"],
             best_step=state["best_step"],
             best_value=state.get(_best_key(defined)) if state["best_step"] else None,
+            evaluations_since_best=state.get(_SINCE_BEST, 0),
             watch=GuardState(**state["watch"]),
         )
 

@@ -39,7 +39,7 @@ from tinylm.training.replay import StepReport, write_report
 from tinylm.training.signals import StopRequest
 from tinylm.training.step import GradientSettings
 
-StopReason = Literal["done", "time", "signal", "callback"]
+StopReason = Literal["done", "patience", "time", "signal", "callback"]
 Poll = Callable[[int], None]
 """Called after every evaluation batch with the number of tokens scored so far. Raises an exception to interrupt the evaluation.
 
@@ -137,9 +137,10 @@ class Trainer:
         self._saved_step = self.progress.step
 
     def train(self, request: StopRequest, stop_after: float | None = None) -> StopReason:
-        """Train to the end and return `done`, or stop early and return `time` (after `stop_after` seconds), `signal` or `callback`.
+        """Train to the end and return `done`, or stop early and return `patience` (`evaluation.patience`), `time` (after `stop_after`
+        seconds), `signal` or `callback`.
 
-        When this returns, the last step has been saved. If the result is `done`, it has also been evaluated. Raises `WorkError` if
+        When this returns, the last step has been saved. If the result is `done` or `patience`, it has also been evaluated. Raises `WorkError` if
         training cannot recover from non-finite values, if memory runs out, or if a checkpoint cannot be written.
         """
         setup, processes = self.setup, self._processes
@@ -157,7 +158,7 @@ class Trainer:
             self._wait_for_save()
             if self._save_error is not None and self._saved_step != self.progress.step:
                 raise self._save_error
-            if stop == "done" and setup.recipe.checkpoint.optimizer == "drop":
+            if stop in ("done", "patience") and setup.recipe.checkpoint.optimizer == "drop":
                 setup.checkpoints.drop_optimizer_states()
         except Exception:
             with suppress(Exception):
@@ -174,7 +175,7 @@ class Trainer:
         if self.progress.step:  # a checkpoint is saved before it is evaluated, so the run may have stopped in between
             self._evaluate_and_sample(request)
 
-        stop: StopReason | None = "done" if self._finished() else None
+        stop: StopReason | None = "done" if self._finished() else "patience" if self._out_of_patience() else None
         if stop is None:
             self._observer.phase("first step")  # slower than later steps if the model is compiled
         first_step = self.progress.step + 1
@@ -206,7 +207,12 @@ class Trainer:
                 stop = "signal" if self._signal_number else "callback"
                 if not saving:
                     self._save()
+            if stop is None and self._out_of_patience():  # evaluated steps have already been saved
+                stop = "patience"
 
+        if stop == "patience":
+            evaluations, best = self.progress.evaluations_since_best, self.progress.best_step
+            self._observer.note(f"stopping early: {evaluations} evaluations without improvement since step {best} (evaluation.patience)")
         evaluated = self.progress.evaluated_step == self.progress.step
         return "signal" if stop == "done" and not evaluated else stop  # a signal interrupted the last evaluation
 
@@ -262,6 +268,10 @@ class Trainer:
     def _finished(self) -> bool:
         return self._completed_fraction() >= 1
 
+    def _out_of_patience(self) -> bool:
+        patience = self.setup.recipe.evaluation.patience
+        return patience is not None and self.progress.evaluations_since_best >= patience
+
     def _update_fractions(self) -> None:
         """Record the completed fraction of the run.
 
@@ -313,6 +323,7 @@ class Trainer:
             if training.clip_grad_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(self._network.parameters(), training.clip_grad_norm, grad_norm)
             optimizers.step(usable if self._defers_results else None)
+            optimizers.update_average(progress.step, usable if self._defers_results else None)
         self._scaler.update()
         progress.train_seconds += perf_counter() - start
 
@@ -471,7 +482,9 @@ class Trainer:
         if self._permanent_save_due():
             state["permanent"] = True
         optimizer_state = setup.parallel.cpu_copies(setup.optimizers.state())
-        setup.checkpoints.start_save(Snapshot(setup.parallel.full_weights(), optimizer_state, state))
+        with setup.optimizers.averaged_weights():
+            weights = setup.parallel.full_weights()
+        setup.checkpoints.start_save(Snapshot(weights, optimizer_state, state))
         self._observer.phase("training")
 
     def _local_weights(self) -> Iterator[Tensor]:
@@ -526,7 +539,8 @@ class Trainer:
         self._observer.phase("evaluating")
         try:
             # Without "force_eager", each new shape would trigger a recompilation.
-            with torch.compiler.set_stance("force_eager"), self._evaluation_precision():
+            stance = torch.compiler.set_stance("force_eager")
+            with stance, self._evaluation_precision(), self.setup.optimizers.averaged_weights():
                 metrics = self.hooks.evaluate(poll)
         except _EvaluationInterrupted:
             return
@@ -539,6 +553,7 @@ class Trainer:
             self._abort(f"the held-out {label} after step {progress.step} is {metrics.value}", self._saved_step, None)
         progress.metrics, progress.evaluated_step = metrics, progress.step
         better = metrics.metric.better(metrics.value, progress.best_value)
+        progress.evaluations_since_best = 0 if better else progress.evaluations_since_best + 1
         best = better and self._saved_step == progress.step  # if the step could not be saved, it has no checkpoint
         if best:
             self._mark_best(metrics.value)
@@ -567,7 +582,7 @@ class Trainer:
 
     def _sample(self) -> None:
         self._observer.phase("sampling")
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), self.setup.optimizers.averaged_weights():
             for prompt, text in self.hooks.generate_samples():
                 self._observer.sample(SampleEvent(self.progress.step, prompt, text))
         self._observer.phase("training")
