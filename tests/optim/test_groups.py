@@ -167,6 +167,24 @@ def test_newton_schulz_uses_the_configured_dtype_and_auto_uses_bfloat16_if_the_d
     assert groups.resolve_muon(section, torch.device(device)).newton_schulz_dtype == expected
 
 
+@pytest.mark.parametrize(
+    ("device", "has_bf16_units", "keys", "expected"),
+    [
+        ("cpu", False, {}, "zolotarev"),
+        ("cpu", True, {}, "newton_schulz"),
+        ("cuda", False, {}, "newton_schulz"),
+        ("cpu", False, {"newton_schulz_steps": 5}, "newton_schulz"),
+        ("cpu", False, {"newton_schulz_dtype": "fp32"}, "newton_schulz"),
+        ("cpu", True, {"orthogonalization": "zolotarev"}, "zolotarev"),
+    ],
+)
+def test_auto_orthogonalization_depends_on_the_device_and_on_newton_schulz_keys(
+    device: str, has_bf16_units: bool, keys: dict[str, object], expected: str
+) -> None:
+    section = MuonOptimizer.model_validate({"name": "muon", **keys})
+    assert section.resolved(device, has_bf16_units=has_bf16_units).orthogonalization == expected
+
+
 @pytest.mark.parametrize("coefficients", ["classic", "polar_express"])
 def test_muon_in_bfloat16_is_close_to_float32(coefficients: str) -> None:
     networks = []

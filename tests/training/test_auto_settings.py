@@ -86,12 +86,13 @@ def test_a_resumed_run_continues_uncompiled_if_compilation_fails(text_file: Path
     assert "continues without compiling" in reporter.warnings[0]
 
 
-def test_a_resumed_run_keeps_the_newton_schulz_dtype(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_keeps_its_orthogonalization(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_recipe(text_file, "modern")
     for resume, has_bf16_units in ((False, False), (True, True)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_bf16_units=has_bf16_units: has_bf16_units)
         train(recipe, tmp_path / "run", device="cpu", resume=resume, stop_after=0.0)
     assert Run.open(tmp_path / "run").recipe.training.optimizer.newton_schulz_dtype == "fp32"
+    assert Run.open(tmp_path / "run").recipe.training.optimizer.orthogonalization == "zolotarev"
     assert load(tmp_path / "run" / "recipe.yaml", check_files=False).training.optimizer.newton_schulz_dtype == "fp32"
     assert groups.resolve_muon(recipe.training.optimizer, torch.device("cpu")).newton_schulz_dtype == "bf16"
 

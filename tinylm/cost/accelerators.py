@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tinylm.errors import InputError, did_you_mean
-from tinylm.recipe.schema import DecoderSection
+from tinylm.recipe.schema import TransformerSection
 
 MatmulPrecision = Literal["fp32", "tf32", "bf16", "fp16"]
 
@@ -312,14 +312,17 @@ ACTIVATION_TRAFFIC = {
     # A prime marks a gradient. A semicolon separates the forward pass from the backward pass.
     "gelu": (2 + 3, 2 + 3),  # x -> y; y', x -> x'
     "gelu_exact": (2 + 3, 2 + 3),
+    "silu": (2 + 3, 2 + 3),
     "relu": (2 + 3, 2 + 3),
     "relu2": (2 + 2 + 2 + 2 + 3 + 3, 2 + 3),  # eager: relu, square; pow(x, 1), times 2, times y', gradient of relu
     "swiglu": (2 + 3 + 3 + 3 + 3 + 4, 3 + 5),  # eager: silu, product; two products, gradient of silu, concatenation of the halves
+    "geglu": (2 + 3 + 3 + 3 + 3 + 4, 3 + 5),
+    "geglu_exact": (2 + 3 + 3 + 3 + 3 + 4, 3 + 5),
 }
 """Elements per hidden unit that an activation reads and writes in the forward and backward pass: (eager, compiled)."""
 
 
-def block_bytes(model: DecoderSection, precision: MatmulPrecision, *, compiled: bool, stream_bytes: int = 4) -> int:
+def block_bytes(model: TransformerSection, precision: MatmulPrecision, *, compiled: bool, stream_bytes: int = 4) -> int:
     """Return the bytes per token that one block moves outside its matrix products in the forward and backward pass.
 
     In eager mode, every operation reads its inputs and writes its result. In compiled mode, neighboring operations become one
@@ -371,7 +374,7 @@ def block_bytes(model: DecoderSection, precision: MatmulPrecision, *, compiled: 
 
 
 def outside_block_bytes(
-    model: DecoderSection,
+    model: TransformerSection,
     vocab_size: int,
     precision: MatmulPrecision,
     *,
@@ -406,14 +409,14 @@ def outside_block_bytes(
 
 
 def elementwise_bytes(
-    model: DecoderSection, vocab_size: int, precision: MatmulPrecision, *, compiled: bool, stream_bytes: int = 4
+    model: TransformerSection, vocab_size: int, precision: MatmulPrecision, *, compiled: bool, stream_bytes: int = 4
 ) -> int:
     """Return the bytes per token that the forward and backward pass of the whole model move outside matrix products."""
     blocks = model.n_layer * block_bytes(model, precision, compiled=compiled, stream_bytes=stream_bytes)
     return blocks + outside_block_bytes(model, vocab_size, precision, compiled=compiled, stream_bytes=stream_bytes)
 
 
-def matmul_bytes(model: DecoderSection, vocab_size: int, precision: MatmulPrecision) -> int:
+def matmul_bytes(model: TransformerSection, vocab_size: int, precision: MatmulPrecision) -> int:
     """Return the bytes per token of activations that matrix products read and write in the forward and backward pass.
 
     `state_bytes` counts the weights. Each weight takes part in three products: for the output, the input gradient and the weight

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from tinylm.recipe.schema import DecoderSection, MuonOptimizer
+from tinylm.recipe.schema import MuonOptimizer, TransformerSection
 from tinylm.recipe.values import ComputeDtype
 
 LOSS_BYTES = {"cpu": 16 << 20, "gpu": 512 << 20}
@@ -83,7 +83,7 @@ class PassConfig:
         return 2 if self.precision == "bf16" else 4
 
 
-def matrix_shapes(model: DecoderSection) -> Counter[tuple[int, int]]:
+def matrix_shapes(model: TransformerSection) -> Counter[tuple[int, int]]:
     """Count the matrices that Muon updates, by shape (rows, columns): all matrices in the blocks and the n-gram projection."""
     width, hidden, layers = model.n_embd, model.feed_forward_width, model.n_layer
     queries, keys = model.n_head * model.head_width, model.kv_heads * model.head_width
@@ -98,12 +98,12 @@ def matrix_shapes(model: DecoderSection) -> Counter[tuple[int, int]]:
     return shapes
 
 
-def _norm_runs_in_float32(model: DecoderSection, config: PassConfig) -> bool:
+def _norm_runs_in_float32(model: TransformerSection, config: PassConfig) -> bool:
     """Return whether autocast runs the norm in float32, as it does for layer norms on CUDA."""
     return model.norm == "layernorm" and config.on_gpu and config.e < 4
 
 
-def _norm_bytes(model: DecoderSection, config: PassConfig, s: int) -> int:
+def norm_bytes(model: TransformerSection, config: PassConfig, s: int) -> int:
     """Return the bytes that a norm saves: its input or its output before the gain, and one or two statistics.
 
     The output of the norm is counted with the operation that reads it.
@@ -113,17 +113,17 @@ def _norm_bytes(model: DecoderSection, config: PassConfig, s: int) -> int:
     return model.n_embd * s + s
 
 
-def _linear_input_bytes(model: DecoderSection, config: PassConfig) -> int:
+def _linear_input_bytes(model: TransformerSection, config: PassConfig) -> int:
     """Return the bytes that a linear layer after a norm saves for its input."""
     separate = model.norm == "layernorm" or model.norm_gain or config.on_gpu or config.e != config.s
     return model.n_embd * config.e if separate else 0  # otherwise, the norm already saves the same tensor
 
 
-def _has_value_embedding(model: DecoderSection, layer: int) -> bool:
+def _has_value_embedding(model: TransformerSection, layer: int) -> bool:
     return layer < model.value_embeddings or layer >= model.n_layer - model.value_embeddings
 
 
-def _attention_bytes(model: DecoderSection, config: PassConfig, layer: int) -> int:
+def _attention_bytes(model: TransformerSection, config: PassConfig, layer: int) -> int:
     """Return the bytes that attention in block `layer` saves, excluding its norm and the input of its first projection."""
     e, heads, kv_heads = config.e, model.n_head, model.kv_heads
     queries, keys = heads * model.head_width, kv_heads * model.head_width
@@ -152,19 +152,19 @@ def _attention_bytes(model: DecoderSection, config: PassConfig, layer: int) -> i
     return total + queries * e
 
 
-def block_bytes(model: DecoderSection, config: PassConfig, layer: int) -> int:
+def block_bytes(model: TransformerSection, config: PassConfig, layer: int) -> int:
     """Return the bytes that block `layer` saves. The block's input is included only if one of its operations saves it."""
     e, width, hidden = config.e, model.n_embd, model.feed_forward_width
     total = _attention_bytes(model, config, layer)
     total += (
-        {"gelu": 2, "gelu_exact": 2, "relu": 1, "relu2": 2, "swiglu": 4, "geglu": 4, "geglu_exact": 4}[model.feed_forward]
+        {"gelu": 2, "gelu_exact": 2, "silu": 2, "relu": 1, "relu2": 2, "swiglu": 4, "geglu": 4, "geglu_exact": 4}[model.feed_forward]
         * hidden
         * e
     )
     if model.parallel_residual and model.norm_position == "post":
-        total += _norm_bytes(model, config, config.s) + _linear_input_bytes(model, config) * (1 if e == config.s else 2)
+        total += norm_bytes(model, config, config.s) + _linear_input_bytes(model, config) * (1 if e == config.s else 2)
     else:
-        total += 2 * (_norm_bytes(model, config, config.s) + _linear_input_bytes(model, config))
+        total += 2 * (norm_bytes(model, config, config.s) + _linear_input_bytes(model, config))
     if model.parallel_residual and model.norm_position == "pre":
         saves_input = not _norm_runs_in_float32(model, config) if model.norm == "layernorm" else config.on_gpu
         total -= width * config.s if saves_input else 0  # both norms save the same tensor
@@ -173,7 +173,7 @@ def block_bytes(model: DecoderSection, config: PassConfig, layer: int) -> int:
     return total
 
 
-def outside_block_bytes(model: DecoderSection, config: PassConfig) -> int:
+def outside_block_bytes(model: TransformerSection, config: PassConfig) -> int:
     """Return the bytes saved before the first block and after the last one.
 
     This includes the gradient of the hidden states, which the loss computes in the forward pass.
@@ -184,15 +184,15 @@ def outside_block_bytes(model: DecoderSection, config: PassConfig) -> int:
     if model.ngram_embeddings:
         total += len(model.ngram_embeddings) * (8 + model.ngram_width * config.e + (4 if model.ngram_dropout else 0))
     if model.embedding_norm:
-        total += _norm_bytes(model, config, 4)
+        total += norm_bytes(model, config, 4)
     if model.norm_position == "pre":
-        total += _norm_bytes(model, config, config.s)
+        total += norm_bytes(model, config, config.s)
     if model.dropout:
         total += width
     return total
 
 
-def _cast_bytes(model: DecoderSection, config: PassConfig) -> int:
+def _cast_bytes(model: TransformerSection, config: PassConfig) -> int:
     """Return the total bytes of the 16-bit copies of weights and rotary tables that autocast makes and the forward pass saves."""
     if config.e == 4:
         return 0
@@ -201,7 +201,7 @@ def _cast_bytes(model: DecoderSection, config: PassConfig) -> int:
     return 2 * (matrices + tables)
 
 
-def saved_bytes(model: DecoderSection, config: PassConfig) -> int:
+def saved_bytes(model: TransformerSection, config: PassConfig) -> int:
     """Return the total bytes that the forward pass of a micro-batch saves, excluding weights and buffers.
 
     This includes the gradients of the hidden states and the head, which the loss computes in the forward pass. With `recompute`,
@@ -221,7 +221,7 @@ def saved_bytes(model: DecoderSection, config: PassConfig) -> int:
     return tokens * (outside_block_bytes(model, config) + blocks) + head + _cast_bytes(model, config)
 
 
-def _first_values_bytes(model: DecoderSection, config: PassConfig) -> int:
+def _first_values_bytes(model: TransformerSection, config: PassConfig) -> int:
     """Return the bytes saved for the value residual with `recompute`.
 
     The first block's values are a view of its query, key and value projection, which is therefore saved as a whole.
@@ -249,7 +249,7 @@ def fused_loss_rows(rows: int, vocab_size: int, plain: int) -> int:
     return next(equal, largest)
 
 
-def loss_bytes(model: DecoderSection, config: PassConfig) -> int:
+def loss_bytes(model: TransformerSection, config: PassConfig) -> int:
     """Return the total bytes of temporaries in the loss.
 
     These are hidden states, a chunk of logits and, in 16-bit precision, a copy of the head.
@@ -273,7 +273,7 @@ def loss_bytes(model: DecoderSection, config: PassConfig) -> int:
     return tokens * model.n_embd * config.s + logits * config.vocab_size + head
 
 
-def activation_bytes(model: DecoderSection, config: PassConfig) -> int:
+def activation_bytes(model: TransformerSection, config: PassConfig) -> int:
     """Return the peak bytes in the forward and backward pass of a micro-batch, excluding weights, gradients and optimizer state.
 
     The peak is either in the loss or at the start of the last block's backward pass. With `recompute`, that backward pass follows
@@ -290,7 +290,7 @@ def activation_bytes(model: DecoderSection, config: PassConfig) -> int:
     return saved + max(loss_bytes(model, config), backward)
 
 
-def muon_bytes(model: DecoderSection, optimizer: MuonOptimizer) -> int:
+def muon_bytes(model: TransformerSection, optimizer: MuonOptimizer) -> int:
     """Return the peak bytes of a Muon step, excluding its state.
 
     They consist of the float32 updates before orthogonalization, the updates that are already orthogonalized, and the temporaries
@@ -317,7 +317,7 @@ def muon_bytes(model: DecoderSection, optimizer: MuonOptimizer) -> int:
     return 4 * elements + max(peak, done + (4 * elements if bf16 else 0))
 
 
-def evaluation_bytes(model: DecoderSection, vocab_size: int) -> tuple[int, int]:
+def evaluation_bytes(model: TransformerSection, vocab_size: int) -> tuple[int, int]:
     """Return the peak bytes for an evaluation batch: first in the blocks, then while the logits and their log-softmax exist.
 
     An evaluation runs in float32 and saves nothing for a backward pass.
@@ -330,13 +330,13 @@ def evaluation_bytes(model: DecoderSection, vocab_size: int) -> tuple[int, int]:
     previous = values if model.n_layer > 1 else 0
     rotation = 2 * qk if model.qk_norm or model.position == "rope" else 0
     attention = 3 * width + values + max(rotation, queries + (qk if rotation else 0))
-    activations = {"gelu": 2, "gelu_exact": 2, "relu": 2, "relu2": 3, "swiglu": 4, "geglu": 4, "geglu_exact": 4}[model.feed_forward]
+    activations = {"gelu": 2, "gelu_exact": 2, "silu": 2, "relu": 2, "relu2": 3, "swiglu": 4, "geglu": 4, "geglu_exact": 4}[model.feed_forward]
     feed_forward = 5 * width + values + activations * hidden
     logits = (2 if model.logit_softcap is None else 3) * vocab_size
     return 4 * tokens * (previous + max(attention, feed_forward)), 4 * tokens * (width + logits)
 
 
-def _evaluated_tokens(model: DecoderSection, vocab_size: int) -> int:
+def _evaluated_tokens(model: TransformerSection, vocab_size: int) -> int:
     """Return the number of tokens in an evaluation batch, which contains one or more whole sequences."""
     context = model.context_length
     return context * max(1, min(EVALUATION_BATCH_TOKENS, EVALUATION_BATCH_LOGITS // vocab_size) // context)
@@ -355,7 +355,7 @@ def _power_of_two(number: int) -> int:
     return 1 << (number.bit_length() - 1)
 
 
-def cpu_peak_bytes(model: DecoderSection, vocab_size: int, step: int, resident: int) -> int:
+def cpu_peak_bytes(model: TransformerSection, vocab_size: int, step: int, resident: int) -> int:
     """Return the peak resident set in bytes when training on a CPU, excluding weights and optimizer state.
 
     `step` is the size in bytes of the tensors that a step allocates and frees. `resident` is the size of the tensors that stay

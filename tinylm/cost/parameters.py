@@ -2,35 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tinylm.errors import InputError
-from tinylm.recipe.schema import DecoderSection, LoraSection, ModelVariant
+from tinylm.recipe.encoder import EncoderSection
+from tinylm.recipe.encoder_decoder import EncoderDecoderSection
+from tinylm.recipe.recurrent import RecurrentEncoderDecoderSection
+from tinylm.recipe.schema import DecoderSection, LoraSection, ModelVariant, TransformerSection
 from tinylm.recipe.support import ANY, COMMON, Supports, unsupported_parts
 
 SUPPORTS: Supports = {**COMMON, "rope_scaling": ANY, "rope_fraction": ANY}
-"""The `model:` keys and values that are covered by all estimates in `tinylm.cost`: parameters, FLOPs, memory and time."""
+"""The `model:` keys and values of a decoder that are covered by all estimates in `tinylm.cost`: parameters, FLOPs, memory and
+time."""
+_STACK = {key: values for key, values in SUPPORTS.items() if key != "architecture"}
+_SUPPORTS_BY_SECTION: Mapping[type[ModelVariant], Supports] = {
+    DecoderSection: SUPPORTS,
+    EncoderSection: _STACK | dict.fromkeys(("architecture", "token_types", "head_transform", "head_bias", "norm_first_block"), ANY),
+    EncoderDecoderSection: _STACK
+    | dict.fromkeys(("architecture", "n_decoder_layer", "head_bias", "scale_embeddings", "learned_start"), ANY),
+    RecurrentEncoderDecoderSection: dict.fromkeys(RecurrentEncoderDecoderSection.model_fields, ANY),
+}
+"""`SUPPORTS` for each architecture that has estimates."""
 
 
 def not_estimated(model: ModelVariant) -> tuple[str, ...]:
-    """Return the parts of `model` that the estimates ignore, as "key value". The estimates are for a model without these parts."""
-    return unsupported_parts(model, SUPPORTS)
+    """Return the parts of `model` that the estimates ignore, as "key value". The estimates are for a model without these parts.
+
+    For an architecture without estimates, the only part is the architecture.
+    """
+    supports = _supports(model)
+    return (f"architecture {model.architecture}",) if supports is None else unsupported_parts(model, supports)
 
 
 def has_estimates(model: ModelVariant) -> bool:
     """Return whether `tinylm.cost` can estimate models with this architecture."""
-    return isinstance(model, DecoderSection)
+    return _supports(model) is not None
+
+
+def _supports(model: ModelVariant) -> Supports | None:
+    return next((supports for section, supports in _SUPPORTS_BY_SECTION.items() if isinstance(model, section)), None)
 
 
 def estimated(model: ModelVariant) -> DecoderSection:
-    """Return `model`. Raises `InputError` if its architecture has no estimates."""
+    """Return `model` if it is a decoder. Raises `InputError` otherwise. `network.network_cost` supports more architectures."""
     if not isinstance(model, DecoderSection):
         raise InputError(f"the cost of the {model.architecture} architecture cannot be estimated", where="model.architecture")
     return model
 
 
-def parameter_counts(model: DecoderSection, vocab_size: int) -> dict[str, int]:
-    """Return the number of parameters in each part of the model.
+def parameter_counts(model: TransformerSection, vocab_size: int) -> dict[str, int]:
+    """Return the number of parameters in each part of a stack of blocks with its embedding and head.
 
     The parts are `embedding` (token embedding, including a tied head), `positions` (learned position embeddings), `tables` (all
     other tables indexed by token or n-gram), `head` (an untied head), `matrices` (the matrices that Muon updates) and `rest`
@@ -38,7 +59,7 @@ def parameter_counts(model: DecoderSection, vocab_size: int) -> dict[str, int]:
     """
     width, hidden = model.n_embd, model.feed_forward_width
     queries, keys = model.n_head * model.head_width, model.kv_heads * model.head_width
-    norm = width * (model.norm_gain + (model.norm_gain and model.bias and model.norm == "layernorm"))
+    norm = norm_parameters(model)
     inputs = 2 * hidden if model.is_gated else hidden
     matrices = width * (queries + 2 * keys) + queries * width + width * inputs + hidden * width
     biases = (queries + 2 * keys) + width + inputs + width if model.bias else 0
@@ -58,7 +79,12 @@ def parameter_counts(model: DecoderSection, vocab_size: int) -> dict[str, int]:
     }
 
 
-def lora_parameters(model: DecoderSection, lora: LoraSection) -> int:
+def norm_parameters(model: TransformerSection) -> int:
+    """Return the number of parameters in a norm of the model's width."""
+    return model.n_embd * (model.norm_gain + (model.norm_gain and model.bias and model.norm == "layernorm"))
+
+
+def lora_parameters(model: TransformerSection, lora: LoraSection) -> int:
     """Return the number of parameters in the LoRA adapters."""
     width, hidden, queries = model.n_embd, model.feed_forward_width, model.n_head * model.head_width
     shapes = {

@@ -129,7 +129,7 @@ def estimate_on_cpu(recipe: Recipe, vocab_size: int, steps: int | None, processo
         precision=precision,
         compiled=compiled,
         micro_batch_size=micro,
-        optimizer=_resolve_optimizer(training, has_bf16_units=machine.has_amx),
+        optimizer=_resolve_optimizer(training, "cpu", has_bf16_units=machine.has_amx),
         step_seconds=seconds(precision, compiled).total,
         evaluation_seconds=passes_per_token / 3,
         cpu_share=machine.cpu_share,
@@ -153,7 +153,7 @@ def cpu_seconds(
     tokens = training.global_batch_size * model.context_length
     micro_batches = training.global_batch_size // micro_batch_size
     matmul_flops = weight_flops_per_token(model, vocab_size, training.lora)
-    optimizer = _resolve_optimizer(training, has_bf16_units=machine.has_amx)
+    optimizer = _resolve_optimizer(training, "cpu", has_bf16_units=machine.has_amx)
     trained = trained_parameters(model, vocab_size, training.lora)
     state_bytes = trained * (_ADAMW_BYTES + 12 * (micro_batches - 1)) + counts["matrices"] * _muon_bytes(optimizer)
     if training.lora is None:  # Each micro-batch zeroes the gradients of the embedding tables.
@@ -210,7 +210,7 @@ def estimate_on_accelerator(
         precision=precision,
         compiled=compiled,
         micro_batch_size=micro,
-        optimizer=_resolve_optimizer(training, has_bf16_units="bf16" in accelerator.flops),
+        optimizer=_resolve_optimizer(training, "cuda", has_bf16_units="bf16" in accelerator.flops),
         step_seconds=seconds(compiled),
         evaluation_seconds=evaluation.total,
         start_up_seconds=COMPILATION_SECONDS["cuda"] if compiled else 0.0,
@@ -234,7 +234,7 @@ def accelerator_seconds(
     tokens = training.global_batch_size * model.context_length
     trained = trained_parameters(model, vocab_size, training.lora)
     matrices = parameter_counts(model, vocab_size)["matrices"]
-    optimizer = _resolve_optimizer(training, has_bf16_units="bf16" in accelerator.flops)
+    optimizer = _resolve_optimizer(training, "cuda", has_bf16_units="bf16" in accelerator.flops)
     # `step_seconds` assumes `matmul_precision` for all FLOPs, but Muon in fp32 does not use tf32. One device updates each matrix.
     in_bf16 = _updates_in_bf16(optimizer)
     muon_factor = 1 if in_bf16 else accelerator.matmul_flops(matmul_precision) / accelerator.matmul_flops("fp32")
@@ -266,10 +266,12 @@ def _recomputation_factor(training: TrainingSection) -> float:
     return 4 / 3 if training.activation_checkpointing else 1.0
 
 
-def _resolve_optimizer(training: TrainingSection, *, has_bf16_units: bool) -> Optimizer:
+def _resolve_optimizer(training: TrainingSection, device_type: str, *, has_bf16_units: bool) -> Optimizer:
     """Return the recipe's optimizer, with `auto` replaced with the value that training would choose."""
     optimizer = training.optimizer
-    return optimizer.resolved(has_bf16_units=has_bf16_units) if isinstance(optimizer, MuonOptimizer) else optimizer
+    if not isinstance(optimizer, MuonOptimizer):
+        return optimizer
+    return optimizer.resolved(device_type, has_bf16_units=has_bf16_units)
 
 
 def _muon_bytes(optimizer: Optimizer) -> int:

@@ -28,7 +28,7 @@ CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
     "mistral": "MistralForCausalLM",
 }
-LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma2", "gemma3_text")
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "phi3", "gemma", "gemma2", "gemma3_text")
 """Values of `model_type` that are imported like Llama. These models differ in details such as sliding windows, biases and norms."""
 
 _ACTIVATIONS = {"gelu": "gelu_new", "gelu_exact": "gelu", "relu": "relu", "relu2": "relu2"}
@@ -317,8 +317,8 @@ def _llama_section_values(config: Mapping[str, Any], tensors: Mapping[str, Any],
     heads, width = config["num_attention_heads"], config["hidden_size"]
     head_dim = config.get("head_dim") or width // heads
     context = config.get("max_position_embeddings", 2048)
-    is_mistral = config["model_type"] == "mistral"
-    windowed = config.get("use_sliding_window", is_mistral)
+    all_local = config["model_type"] in ("mistral", "phi3")
+    windowed = config.get("use_sliding_window", all_local)
     window = config.get("sliding_window") if windowed else None
     return {
         "preset": "llama",
@@ -329,8 +329,8 @@ def _llama_section_values(config: Mapping[str, Any], tensors: Mapping[str, Any],
         "head_dim": None if head_dim * heads == width else head_dim,
         "n_inner": config["intermediate_size"],
         # In Qwen models, only some blocks have a window, which has no effect on sequences that fit into it.
-        "context_length": context if is_mistral else min(context, window or context),
-        "attention_window": window if is_mistral and window and window < context else None,
+        "context_length": context if all_local else min(context, window or context),
+        "attention_window": window if all_local and window and window < context else None,
         "norm_eps": config.get("rms_norm_eps", 1e-6),
         **import_rope(config, where),
         "bias": any(name.endswith("_proj.bias") for name in tensors),
@@ -367,6 +367,8 @@ def import_state_dict(
     if kind in ("gpt2", "nanogpt"):
         state = dict(_from_gpt2(pop, model, transposed=kind == "gpt2"))
     elif kind in LLAMA_LIKE:
+        if kind == "phi3":
+            remaining = hf_variants.split_fused(remaining, model)
         state = dict(_from_llama(pop, model, hf_variants.BLOCK_NAMES.get(kind)))
         if not missing:
             state = hf_variants.adjust(state, model, kind, (config or {}).get("query_pre_attn_scalar"))

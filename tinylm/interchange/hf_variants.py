@@ -1,8 +1,8 @@
-"""Import models of further transformers architectures: GPT-NeoX (Pythia), GPT-Neo (TinyStories), SmolLM3, OLMo 2, Gemma 2 and 3.
+"""Import models of further transformers architectures: GPT-NeoX (Pythia), GPT-Neo (TinyStories), SmolLM3, OLMo 2, Gemma and Phi-3.
 
 Each model is converted to a decoder that computes the same logits. Differences that the `model:` section cannot express are folded
 into the weights. GPT-Neo does not scale attention scores by 1 / sqrt(D). Gemma scales them by a different factor and adds 1 to norm
-gains. GPT-NeoX rotates only the first dimensions of a head, which are reordered into pairs (i, i + D/2).
+gains. GPT-NeoX and Phi-3 rotate only the first dimensions of a head, which are reordered into pairs (i, i + D/2).
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ _GEMMA_ACTIVATION = "gelu_pytorch_tanh"
 REQUIRED_SETTINGS: dict[str, dict[str, Any]] = {
     "gpt_neox": {"quantization_config": None},
     "gpt_neo": {"quantization_config": None},
+    "phi3": {"hidden_act": "silu", "quantization_config": None},
+    "gemma": {"attention_bias": False, "quantization_config": None},
     "gemma2": {"hidden_activation": _GEMMA_ACTIVATION, "attention_bias": False, "quantization_config": None},
     "gemma3_text": {
         "hidden_activation": _GEMMA_ACTIVATION,
@@ -63,6 +65,7 @@ def section_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "gpt_neo": _gpt_neo,
         "smollm3": _smollm3,
         "olmo2": _olmo2,
+        "gemma": _gemma1,
         "gemma2": _gemma,
         "gemma3_text": _gemma,
     }
@@ -122,6 +125,19 @@ def _olmo2(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"norm_position": "output", "qk_norm": True, "qk_norm_joint": True}
 
 
+def _gemma1(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    activation = config.get("hidden_activation") or config.get("hidden_act", _GEMMA_ACTIVATION)
+    if activation not in (_GEMMA_ACTIVATION, "gelu"):  # transformers computes "gelu" with the same approximation in this architecture
+        raise InputError(f"activation {show(activation)} is not supported", where=where)
+    return {
+        "feed_forward": "geglu",
+        "embedding_scale": math.sqrt(config["hidden_size"]),
+        "tie_embeddings": config.get("tie_word_embeddings", True),
+        "head_dim": config.get("head_dim", 256),
+        "context_length": config.get("max_position_embeddings", 8192),
+    }
+
+
 def _gemma(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     third = config["model_type"] == "gemma3_text"
     layers, window = config["num_hidden_layers"], config.get("sliding_window", 4096)
@@ -159,16 +175,55 @@ def _gemma3_rope(config: Mapping[str, Any], has_local: bool, where: str) -> dict
 
 
 def adjust(state: dict[str, Tensor], model: DecoderSection, kind: str, scalar: float | None = None) -> dict[str, Tensor]:
-    """Fold Gemma's norm gains and attention scale into the weights. `scalar` is `query_pre_attn_scalar` from config.json."""
+    """Fold Gemma's norm gains and attention scale into the weights, and reorder the dimensions of Phi-3's heads.
+
+    `scalar` is `query_pre_attn_scalar` from config.json.
+    """
+    if kind == "phi3" and model.rope_fraction < 1:
+        return {name: _reorder_heads(tensor, model) if ".qkv." in name else tensor for name, tensor in state.items()}
     if not kind.startswith("gemma"):
         return state
     is_gain = ("norm.weight", "_gain")
     state = {name: tensor + 1 if name.endswith(is_gain) else tensor for name, tensor in state.items()}
+    if kind == "gemma":
+        return state
     scale = math.sqrt(model.head_width / (scalar or 256))
     for layer in range(model.n_layer):
         name = f"blocks.{layer}.attention." + ("query_gain" if model.qk_norm else "qkv.weight")
         state[name] = _scale_queries(state[name], scale, len(state[name]) if model.qk_norm else model.n_head * model.head_width)
     return state
+
+
+def _reorder_heads(weight: Tensor, model: DecoderSection) -> Tensor:
+    """Apply `_rotary_order` to the rows of queries and keys."""
+    order, width = _rotary_order(model), model.head_width
+    queries, keys, values = weight.split([model.n_head * width, *[model.kv_heads * width] * 2])
+    parts = [part.view(-1, width, *part.shape[1:])[:, order].flatten(0, 1) for part in (queries, keys)]
+    return torch.cat((*parts, values))
+
+
+_PHI3_FUSED_NAMES = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
+
+
+def split_fused(tensors: Mapping[str, Tensor], model: DecoderSection) -> dict[str, Tensor]:
+    """Split Phi-3's fused matrices into Llama's. Matrices of the wrong shape stay unchanged, and the caller reports them."""
+    keys = model.kv_heads * model.head_width
+    rows = {
+        "self_attn.qkv_proj": [model.n_head * model.head_width, keys, keys],
+        "mlp.gate_up_proj": [model.feed_forward_width, model.feed_forward_width],
+    }
+    split = {}
+    for name, tensor in tensors.items():
+        fused = next((fused for fused in rows if name.endswith(f"{fused}.weight")), None)
+        if fused is None or not tensor.ndim or tensor.shape[0] != sum(rows[fused]):
+            split[name] = tensor
+            continue
+        for part, matrix in zip(_PHI3_FUSED_NAMES[fused], tensor.split(rows[fused]), strict=True):
+            split[name.replace(fused, part)] = matrix
+    return split
 
 
 def _scale_queries(weight: Tensor, scale: float, rows: int) -> Tensor:

@@ -2,11 +2,13 @@
 
 With `preset: transformer`, it matches MarianMTModel. Both stacks use the same blocks as the other transformers.
 
-Legend: `B` batch, `S` source time, `T` target time, `C` width, `R` rows, `K` key/value heads, `D` head width, `V` vocabulary.
+Legend: `B` batch, `S` source time, `T` target time, `C` width, `R` rows, `N` sentences, `G` rows of a sentence, `K` key/value heads,
+`D` head width, `V` vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import cast
@@ -17,10 +19,15 @@ from torch import Tensor, nn
 from tinylm.errors import InputError
 from tinylm.model.encoder import Encoder
 from tinylm.model.layers import Block, KeysValues, Memory
-from tinylm.model.sequence_to_sequence import START, SequenceToSequence
+from tinylm.model.sequence_to_sequence import ROW_MULTIPLE, START, SequenceToSequence
 from tinylm.model.transformer import Transformer
 from tinylm.recipe.encoder_decoder import EncoderDecoderSection
 from tinylm.recipe.schema import ModelVariant, TransformerSection
+
+_ENCODED_TOKENS = 512
+"""Number of source tokens, including padding, that are encoded together."""
+_INITIAL_STEPS = 16
+"""Number of decoding steps for which memory is allocated at first."""
 
 
 class EncoderStack(Encoder):
@@ -102,8 +109,8 @@ class EncoderDecoder(SequenceToSequence):
     def logits(self, hidden: Tensor) -> Tensor:
         return self.decoder.logits(hidden)
 
-    def target_state(self, sources: Sequence[Tensor], length: int, capacity: int) -> _TargetState:
-        return _TargetState(self, sources, length, capacity)
+    def target_state(self, sources: Sequence[Tensor], length: int, rows_per_source: int) -> _TargetState:
+        return _TargetState(self, sources, length, rows_per_source)
 
     def attention_weights(self, source: Tensor, tokens: Tensor) -> Tensor:
         """Return the weights of the last decoder block's cross-attention."""
@@ -183,69 +190,104 @@ class EncoderDecoder(SequenceToSequence):
 
 
 class _TargetState:
-    """A `TargetState`: the key/value caches of cross-attention and self-attention."""
+    """A `TargetState`: the keys and values of cross-attention, and the key/value cache of self-attention.
 
-    def __init__(self, network: EncoderDecoder, sources: Sequence[Tensor], length: int, capacity: int) -> None:
+    All rows of a sentence attend to the same stored keys and values.
+    """
+
+    def __init__(self, network: EncoderDecoder, sources: Sequence[Tensor], length: int, rows_per_source: int) -> None:
         self._network = network
-        self._memory = self._encode(sources, length)
-        self._cache = _Cache(network.model.decoder_layers, capacity)
+        self._memory = self._encode(sources, length, rows_per_source)
+        self._cache = _BeamCache(network.model.decoder_layers, len(sources), rows_per_source, network.device)
 
-    def _encode(self, sources: Sequence[Tensor], length: int) -> Memory:
-        """Encode the sentences one by one, and pad their keys and values to `length`: (sentences, S, K, D)."""
-        mask = torch.zeros(len(sources), 1, 1, length, dtype=torch.bool, device=self._network.device)
-        stacked: list[KeysValues] = []
+    def _encode(self, sources: Sequence[Tensor], length: int, rows_per_source: int) -> Memory:
+        """Encode padded sentences. Return their keys and values (sentences, S, K, D) and their mask."""
+        length = min(length, self._network.model.context_length)
+        unit = ROW_MULTIPLE // math.gcd(length, ROW_MULTIPLE)  # sentences are encoded in multiples of this number
+        ids = torch.zeros(-(-len(sources) // unit) * unit, length, dtype=torch.long, device=self._network.device)
+        segments = torch.full_like(ids, -1)
         for row, source in enumerate(sources):
-            memory = self._network.encode(source[None])
-            mask[row, ..., : len(source)] = True
-            for layer, (keys, values) in enumerate(self._network.memory_keys_values(memory)):
-                if not row:
-                    shape = (len(sources), length, *keys.shape[2:])
-                    stacked.append((keys.new_zeros(shape), values.new_zeros(shape)))
-                stacked[layer][0][row, : len(source)], stacked[layer][1][row, : len(source)] = keys[0], values[0]
-        return Memory(None, mask, tuple(stacked))
+            ids[row, : len(source)], segments[row, : len(source)] = source, 0
+        size = max(1, _ENCODED_TOKENS // (length * unit)) * unit
+        chunks = zip(ids.split(size), segments.split(size), strict=True)
+        encoded = [self._network.memory_keys_values(self._network.encode(*chunk)) for chunk in chunks]
+        layers = [[torch.cat(parts)[: len(sources)] for parts in zip(*layer, strict=True)] for layer in zip(*encoded, strict=True)]
+        mask = (segments[: len(sources)] >= 0)[:, None, None].repeat(1, 1, rows_per_source, 1)  # (sentences, 1, G, S)
+        return Memory(None, mask, tuple((keys, values) for keys, values in layers))
 
-    def select_sources(self, rows: Tensor) -> None:
+    def keep_sources(self, sources: Sequence[int]) -> None:
         assert self._memory.keys_values is not None
         assert self._memory.mask is not None
-        selected = tuple((keys.index_select(0, rows), values.index_select(0, rows)) for keys, values in self._memory.keys_values)
-        self._memory = Memory(None, self._memory.mask.index_select(0, rows), selected)
+        kept = tuple((_kept(keys, sources), _kept(values, sources)) for keys, values in self._memory.keys_values)
+        self._memory = Memory(None, _kept(self._memory.mask, sources), kept)
+        self._cache.keep(sources)
 
-    def select_targets(self, rows: Tensor) -> None:
+    def select_rows(self, rows: Tensor) -> None:
         self._cache.select(rows)
 
     def step(self, tokens: Tensor) -> Tensor:
-        hidden = self._network.decoder.hidden(tokens[:, None], self._cache, memory=self._memory)  # type: ignore[arg-type]
+        cache, decoder = self._cache, self._network.decoder
+        hidden = decoder.hidden(tokens[:, None], cache, memory=self._memory, mask=cache.begin_step())  # type: ignore[arg-type]
         return self._network.logits(hidden[:, -1])
 
 
-class _Cache:
-    """The key/value cache that `Transformer.hidden` uses."""
+class _BeamCache:
+    """The key/value cache that `Transformer.hidden` uses, for sentences with `G` rows each.
 
-    def __init__(self, layers: int, capacity: int) -> None:
+    Rows are never copied. In every step, a sentence stores the keys and values of its G rows, and a mask contains the positions that
+    belong to each row and to the rows that it continues. So the stored keys and values are (N, K, G times steps, D).
+    """
+
+    def __init__(self, layers: int, sentences: int, rows_per_source: int, device: torch.device) -> None:
         self.length = 0
-        self._capacity = capacity
+        self._rows_per_source = rows_per_source
         self._stored: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        self._mask = torch.zeros(sentences, 1, rows_per_source, 0, dtype=torch.bool, device=device)
+        self._self_mask = torch.eye(rows_per_source, dtype=torch.bool, device=device)
+
+    def begin_step(self) -> Tensor:
+        """Return the attention mask (N, 1, G, S) of the next step, in which each row also attends to itself."""
+        own = self._self_mask.expand(len(self._mask), 1, -1, -1)
+        self._mask = torch.cat((self._mask, own), dim=3)
+        return self._mask
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values (R, K, 1, D) to a layer. Return the keys and values of all positions so far."""
+        """Append keys and values (R, K, 1, D) to a layer. Return the keys and values of all steps so far."""
+        start, end = self.length * self._rows_per_source, self._mask.shape[3]
         stored = self._stored[layer]
-        if stored is None:
-            shape = (*keys.shape[:2], self._capacity, keys.shape[3])
-            stored = self._stored[layer] = (keys.new_zeros(shape), values.new_zeros(shape))
-        end = self.length + keys.shape[2]
-        stored[0][:, :, self.length : end], stored[1][:, :, self.length : end] = keys, values
+        if stored is None or stored[0].shape[2] < end:
+            stored = self._stored[layer] = self._grown(stored, keys)
+        for store, new in zip(stored, (keys, values), strict=True):
+            real = new[: len(store) * self._rows_per_source, :, 0]  # without rows of padding
+            store[:, :, start:end] = real.unflatten(0, (len(store), self._rows_per_source)).transpose(1, 2)
         return stored[0][:, :, :end], stored[1][:, :, :end]
+
+    def _grown(self, stored: tuple[Tensor, Tensor] | None, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Return tensors with room for twice as many steps."""
+        steps = max(_INITIAL_STEPS, 2 * self.length)
+        shape = (len(self._mask), keys.shape[1], steps * self._rows_per_source, keys.shape[3])
+        grown = (keys.new_empty(shape), keys.new_empty(shape))
+        for old, new in zip(stored or (), grown, strict=False):
+            new[:, :, : old.shape[2]] = old
+        return grown
 
     def advance(self, positions: int) -> None:
         self.length += positions
 
+    def keep(self, sources: Sequence[int]) -> None:
+        """Keep only the sentences at these indices."""
+        self._mask = _kept(self._mask, sources)
+        self._stored = [None if stored is None else (_kept(stored[0], sources), _kept(stored[1], sources)) for stored in self._stored]
+
     def select(self, rows: Tensor) -> None:
-        """Replace the rows with copies of the rows at these indices."""
-        for layer, stored in enumerate(self._stored):
-            if stored is None:
-                continue
-            if len(rows) == len(stored[0]):
-                for tensor in stored:
-                    tensor[:, :, : self.length] = tensor[:, :, : self.length].index_select(0, rows)
-            else:
-                self._stored[layer] = (stored[0].index_select(0, rows), stored[1].index_select(0, rows))
+        """Replace each sentence's rows with copies of its rows at these indices."""
+        parents = rows[: len(self._mask) * self._rows_per_source].view(-1, 1, self._rows_per_source, 1) % self._rows_per_source
+        self._mask = self._mask.gather(2, parents.expand_as(self._mask))
+
+
+def _kept(stored: Tensor, sources: Sequence[int]) -> Tensor:
+    """Move the rows at indices `sources` to the front of the tensor, and return a view of them. Rows already in place are not copied."""
+    moved = [place for place, source in enumerate(sources) if place != source]
+    if moved:
+        stored[moved] = stored[[sources[place] for place in moved]]
+    return stored[: len(sources)]

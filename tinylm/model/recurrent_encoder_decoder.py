@@ -40,6 +40,11 @@ class Encoded:
     mask: Tensor | None
     """(B, S), False at padding. None means that there is no padding."""
 
+    def rows(self, rows: Tensor) -> Encoded:
+        """Return copies of the rows at these indices."""
+        outputs, keys, mask = (None if part is None else part[rows] for part in (self.outputs, self.keys, self.mask))
+        return Encoded(self.state[rows], outputs, keys, mask)
+
 
 class RecurrentEncoder(HookedModule):
     """Reads a source sentence in one direction, or with separate layers in both directions."""
@@ -229,8 +234,8 @@ class RecurrentEncoderDecoder(SequenceToSequence):
         logits: Tensor = self.head(hidden)
         return logits
 
-    def target_state(self, sources: Sequence[Tensor], length: int, capacity: int) -> _TargetState:
-        return _TargetState(self, sources, length)
+    def target_state(self, sources: Sequence[Tensor], length: int, rows_per_source: int) -> _TargetState:
+        return _TargetState(self, sources, length, rows_per_source)
 
     def attention_weights(self, source: Tensor, tokens: Tensor) -> Tensor:
         encoded = self.encode(source[None])
@@ -290,9 +295,9 @@ class RecurrentEncoderDecoder(SequenceToSequence):
 class _TargetState:
     """A `TargetState`: the decoder's state, and the encoder's outputs."""
 
-    def __init__(self, network: RecurrentEncoderDecoder, sources: Sequence[Tensor], length: int) -> None:
+    def __init__(self, network: RecurrentEncoderDecoder, sources: Sequence[Tensor], length: int, rows_per_source: int) -> None:
         """Encode the sentences one by one, and pad the encoder's outputs to `length`."""
-        self._network = network
+        self._network, self._rows_per_source = network, rows_per_source
         encoded = [network.encode(source[None]) for source in sources]
         outputs = keys = mask = None
         if network.decoder.attention is not None:
@@ -300,19 +305,26 @@ class _TargetState:
             keys = torch.cat([_padded(each.keys, length) for each in encoded])
             lengths = torch.tensor([len(source) for source in sources], device=network.device)
             mask = torch.arange(length, device=network.device) < lengths[:, None]
-        self._state = torch.cat([each.state for each in encoded])  # (R, L, Z, C)
-        self._encoded = Encoded(self._state, outputs, keys, mask)
+        self._sentences = Encoded(torch.cat([each.state for each in encoded]), outputs, keys, mask)
+        self._encoded: Encoded | None = None
+        """The encoded sentence of each row. None if the sentences have changed since the last step."""
+        self._state: Tensor | None = None
+        """(R, L, Z, C), or None before the first step."""
 
-    def select_sources(self, rows: Tensor) -> None:
-        encoded = self._encoded
-        parts = (encoded.state, encoded.outputs, encoded.keys, encoded.mask)
-        self._encoded = Encoded(*(None if part is None else part.index_select(0, rows) for part in parts))  # type: ignore[arg-type]
+    def keep_sources(self, sources: Sequence[int]) -> None:
+        self._sentences = self._sentences.rows(torch.tensor(sources, device=self._network.device))
+        self._encoded = None
 
-    def select_targets(self, rows: Tensor) -> None:
-        self._state = self._state.index_select(0, rows)
+    def select_rows(self, rows: Tensor) -> None:
+        if self._state is not None:
+            self._state = self._state.index_select(0, rows)
 
     def step(self, tokens: Tensor) -> Tensor:
-        hidden, self._state, _ = self._network.decoder(tokens[:, None], self._encoded, self._state)
+        if self._encoded is None:
+            sources = torch.arange(len(tokens), device=tokens.device) // self._rows_per_source
+            self._encoded = self._sentences.rows(sources.clamp_max(len(self._sentences.state) - 1))
+        state = self._encoded.state if self._state is None else self._state
+        hidden, self._state, _ = self._network.decoder(tokens[:, None], self._encoded, state)
         return self._network.logits(hidden[:, -1])
 
 

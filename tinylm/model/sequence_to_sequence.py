@@ -20,16 +20,21 @@ from tinylm.recipe.schema import ModelVariant
 
 START = -1
 """The id at the position before the first target token. It has no row in the embedding."""
+ROW_MULTIPLE = 16
+"""If the number of rows is a multiple of this, a matrix product computes each row in the same way for any number of rows."""
 
 
 class TargetState(Protocol):
-    """The state of partial translations, one per row."""
+    """The state of partial translations, one per row.
 
-    def select_sources(self, rows: Tensor) -> None:
-        """Select the source sentences of the new rows. Call this before `select_targets` if a row's source sentence changes."""
+    Every sentence has the same number of rows. The rows of the first sentence come first. Rows of padding can follow the last one.
+    """
 
-    def select_targets(self, rows: Tensor) -> None:
-        """Replace the rows with copies of the rows at these indices (R,)."""
+    def keep_sources(self, sources: Sequence[int]) -> None:
+        """Keep only the source sentences at these indices, in this order. Call `select_rows` next."""
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Replace the rows with copies of the rows at these indices (R,). A row's copies belong to the same sentence."""
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append ids (R,), one per row. Return the logits (R, V) of the next token."""
@@ -58,10 +63,10 @@ class SequenceToSequence(Model):
         """
         raise NotImplementedError
 
-    def target_state(self, sources: Sequence[Tensor], length: int, capacity: int) -> TargetState:
-        """Encode source sentences, each of ids (S,), one by one. Return a state with one row per sentence.
+    def target_state(self, sources: Sequence[Tensor], length: int, rows_per_source: int) -> TargetState:
+        """Encode source sentences, each of ids (S,), and return a state in which every sentence has `rows_per_source` empty rows.
 
-        The encoded sentences are padded to `length`. Rows have room for `capacity` target tokens.
+        The sentences are padded to `length` before or after they are encoded. A sentence's encoding does not depend on the others.
         """
         raise NotImplementedError
 

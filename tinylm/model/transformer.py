@@ -157,11 +157,12 @@ class Transformer(Model):
         n_last: int | None = None,
         added: Tensor | None = None,
         memory: Memory | None = None,
+        mask: Tensor | BlockMask | None = None,
     ) -> Tensor:
         """Ids (B, T) -> final hidden states (B, T, C), the input of the head. `n_last`: return only the last `n_last` positions.
 
-        `added`: vectors to add to the token embeddings, broadcast to (B, T, C). `memory`: the encoder
-        output, to which cross-attention attends.
+        `added`: vectors to add to the token embeddings, broadcast to (B, T, C). `memory`: the encoder output, to which
+        cross-attention attends. `mask`: see `ForwardContext`. Cannot be combined with `segments`, which have their own mask.
         """
         start = cache.length if cache is not None else 0
         end = start + tokens.shape[1]
@@ -169,7 +170,6 @@ class Transformer(Model):
             raise ValueError(f"{end} positions do not fit in the context length of {self.model.context_length}")
         self.reserve_positions(end)
         x = self._embed(tokens, start, end, cache, segments, added)  # (B, T, C)
-        mask: Tensor | BlockMask | None = None
         if segments is not None and self._uses_block_mask(cache, n_last):
             mask = segment_block_mask(segments, causal=self.causal)
         elif segments is not None:

@@ -168,6 +168,7 @@ def build(section: Optimizer, network: TrainableNetwork, mesh: DeviceMesh | None
     in_muon = set(matrices)
     others = [parameter for parameter in names if parameter not in in_muon]
     section = resolve_muon(section, matrices[0].device)
+    assert section.orthogonalization != "auto"
     muon = Muon(
         matrices,
         {parameter: stacked[names[parameter]] for parameter in matrices if names[parameter] in stacked},
@@ -188,7 +189,7 @@ def build(section: Optimizer, network: TrainableNetwork, mesh: DeviceMesh | None
 
 def resolve_muon(section: MuonOptimizer, device: torch.device) -> MuonOptimizer:
     """Replace `auto` in `section` with the value for `device`."""
-    return section.resolved(has_bf16_units=has_bf16_units(device))
+    return section.resolved(device.type, has_bf16_units=has_bf16_units(device))
 
 
 TRAINED_ROWS = "trained_rows"

@@ -23,6 +23,8 @@ RESUME_FIXED_KEYS = ("model.architecture", "objective.name", "data.format")
 """Keys that cannot change when a run is resumed, not even with `allow_change`."""
 AUTOMATIC = ("precision", "micro_batch_size", "compile")
 """Keys of `training` that can be `auto`. A resumed run keeps the values that were chosen when it started."""
+AUTOMATIC_MUON = ("orthogonalization", "newton_schulz_dtype")
+"""Keys of `training.optimizer` that can be `auto`."""
 
 
 def merge_recipe(job: TrainingJob, processes: Processes, reporter: Reporter) -> TrainingJob:
@@ -42,8 +44,9 @@ def merge_for_resume(run: Run, recipe: Recipe, allowed: Sequence[str]) -> Recipe
         if getattr(recipe.training, key) == "auto" and f"training.{key}" not in allowed
     }
     before, optimizer = run.recipe.training.optimizer, recipe.training.optimizer
-    if isinstance(before, MuonOptimizer) and isinstance(optimizer, MuonOptimizer) and optimizer.newton_schulz_dtype == "auto":
-        chosen["optimizer"] = optimizer.model_copy(update={"newton_schulz_dtype": before.newton_schulz_dtype})
+    if isinstance(before, MuonOptimizer) and isinstance(optimizer, MuonOptimizer):
+        kept = {key: getattr(before, key) for key in AUTOMATIC_MUON if getattr(optimizer, key) == "auto"}
+        chosen["optimizer"] = optimizer.model_copy(update=kept)
     recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=chosen)})
     recipe = _keep_filled_in(run.recipe, recipe)
     changed = changes(run.recipe, recipe)

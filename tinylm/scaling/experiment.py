@@ -285,7 +285,11 @@ def check(folder: Path, grid: Grid, base: Recipe, fitted: Fit, run: Run) -> Chec
 
     Raises `InputError` if its loss is not comparable: the run is not finished, or its text, tokenizer or evaluation differ.
     """
-    differing = [key for key in changes(base, run.recipe) if key not in _FREE_KEYS and not key.startswith(_FREE_SECTIONS)]
+    differing = [
+        key
+        for key, (expected, _) in changes(base, run.recipe).items()
+        if key not in _FREE_KEYS and not key.startswith(_FREE_SECTIONS) and expected != "auto"  # a run stores what `auto` chose
+    ]
     where = str(run.path)
     if incomparable := [key for key in differing if key.startswith(_SAME_SECTIONS)]:
         hint = f"train the recipe in {folder / PREDICTED_FILE}"

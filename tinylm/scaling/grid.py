@@ -31,8 +31,8 @@ from tinylm.sweep.runner import Training
 FAMILY = ((2, 64), *SIZES)
 """(number of layers, width) of the models in the experiment and of those that it recommends. Heads are 64 wide."""
 SHAPES = ((4, 4), (3, 3))
-"""(number of sizes, number of lengths) of the full grid, and of a smaller one for short budgets. In simulations with 0.3% noise, the prediction for four times the compute
-of the largest run has an error of 0.8% with 16 runs and 1.7% with 9."""
+"""(number of sizes, number of lengths) of the full grid, and of a smaller one for short budgets. In simulations with 0.3% noise,
+the root-mean-square error of the prediction for four times the compute was 0.8% with 16 runs and 1.7% with 9."""
 LENGTH_RATIO = 2
 MIN_STEPS = 100
 """Minimum number of steps in the shortest runs. The first steps of a run do not follow a power law."""
@@ -176,7 +176,7 @@ def plan_grid(request: Request, *, processor: Processor | None = None, reporter:
     budget = Budget(request.minutes, request.accelerator, processor=processor)
     suggestion = suggest_recipe(DataSection(train=request.source), budget, name="scale", sizes=FAMILY, reporter=reporter)
     base = loads(suggestion.yaml, request.overrides)
-    text = estimate_text_size(base.data, base.tokenizer, reporter)
+    text = estimate_text_size(base.data, base.tokenizer, reporter if request.overrides else SILENT)
     planner = _Planner(base, text, budget, reporter)
     largest = FAMILY.index((estimated(suggestion.recipe.model).n_layer, estimated(suggestion.recipe.model).n_embd))
     base = resized(base, *FAMILY[largest], MIN_STEPS)
@@ -240,7 +240,7 @@ class _Planner:
 
     @staticmethod
     def _shapes(largest: int) -> Iterator[tuple[Sequence[tuple[int, int]], int]]:
-        """Yield sizes and a number of lengths, preferred first. A full grid with slightly smaller models is better than a small grid."""
+        """Yield sizes and a number of lengths, preferred first: a full grid, unless only much smaller models allow it."""
         (full, full_lengths), (small, small_lengths) = SHAPES
         for top in range(largest, max(largest - 2, full - 2), -1):
             yield FAMILY[top + 1 - full : top + 1], full_lengths

@@ -1,8 +1,8 @@
 """Decode a batch of sentences, one token per step, so that the result for a sentence never depends on the other sentences.
 
 Floating-point sums depend on the order of summation, and in a matrix product this order may depend on the number of rows.
-Therefore, each sentence is encoded alone, its source is padded to a length that depends only on the sentence, and the number of
-rows is a multiple of 16. On a CPU, all products are computed on one thread.
+Therefore, the source is padded to a length that depends only on the sentence, and the number of rows is a multiple of 16, both in
+the encoder and in the decoder. On a CPU, all products are computed on one thread.
 
 Legend: `R` rows, `V` vocabulary.
 """
@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 
 from tinylm.evaluation.scoring import all_logprobs
-from tinylm.model.sequence_to_sequence import START, SequenceToSequence
+from tinylm.model.sequence_to_sequence import ROW_MULTIPLE, START, SequenceToSequence
 
-_ROW_MULTIPLE = 16
-"""If the number of rows is a multiple of this, a matrix product computes each row in the same way for any number of rows."""
 _SOURCE_MULTIPLE = 16
 
 
@@ -35,39 +33,32 @@ class Decoding:
     All sources must have the same padded length. `step` extends every row by one token. Use this class inside `decoding_mode`.
     """
 
-    def __init__(self, network: SequenceToSequence, sources: Sequence[np.ndarray], rows_per_source: int, capacity: int) -> None:
-        self._device = network.device
-        ids = [torch.as_tensor(source, device=self._device) for source in sources]
-        self._state = network.target_state(ids, max(map(padded_length, sources)), capacity)
-        rows = torch.arange(len(sources), device=self._device).repeat_interleave(rows_per_source)
-        self._count = len(rows)
-        self._select(_completed(rows), sources_change=True)
+    def __init__(self, network: SequenceToSequence, sources: Sequence[np.ndarray], rows_per_source: int) -> None:
+        ids = [torch.as_tensor(source, device=network.device) for source in sources]
+        self._state = network.target_state(ids, max(map(padded_length, sources)), rows_per_source)
+        self._start = torch.full((len(sources) * rows_per_source,), START, device=network.device)
 
     def start(self) -> Tensor:
         """Return the log-probabilities (R, V) for the first token of every row."""
-        return self._advance(torch.full((self._count,), START, device=self._device))
+        return self._advance(self._start)
 
-    def step(self, parents: Tensor, tokens: Tensor) -> Tensor:
+    def step(self, parents: Tensor, tokens: Tensor, sources: Sequence[int] | None = None) -> Tensor:
         """Replace the rows with copies of the rows `parents` (R,), append `tokens` (R,), and return log-probabilities (R, V).
 
-        There may be fewer rows than before, because finished sentences are dropped with all their rows.
+        With `sources`, keep only the source sentences at these indices, in this order. The rows of the others are dropped.
         """
-        self._select(_completed(parents), sources_change=len(tokens) != self._count)
-        self._count = len(tokens)
+        if sources is not None:
+            self._state.keep_sources(sources)
+        self._state.select_rows(_completed(parents))
         return self._advance(tokens)
 
-    def _select(self, rows: Tensor, *, sources_change: bool) -> None:
-        if sources_change:
-            self._state.select_sources(rows)
-        self._state.select_targets(rows)
-
     def _advance(self, tokens: Tensor) -> Tensor:
-        return all_logprobs(self._state.step(_completed(tokens)))[: self._count]
+        return all_logprobs(self._state.step(_completed(tokens)))[: len(tokens)]
 
 
 def _completed(rows: Tensor) -> Tensor:
-    """Repeat the last entry until the number of rows is a multiple of `_ROW_MULTIPLE`."""
-    missing = -len(rows) % _ROW_MULTIPLE
+    """Repeat the last entry until the number of rows is a multiple of `ROW_MULTIPLE`."""
+    missing = -len(rows) % ROW_MULTIPLE
     return rows if not missing else torch.cat((rows, rows[-1:].expand(missing)))
 
 

@@ -21,6 +21,8 @@ _MAX_LENGTH_PENALTY = 10.0
 """Maximum absolute value. Scores could overflow with larger exponents."""
 _TOKENS_PER_SOURCE_TOKEN = 3
 _NEVER = float("-inf")
+_BLOCK = 16
+"""Number of tokens whose log-probabilities are compared together."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ class _BeamSearch:
 
     Each step extends all beams of a sentence and keeps the most likely extensions. A translation is finished if its extension by
     the end token is among the `beams` most likely extensions. As in `transformers`, a sentence is done when it has `beams` finished
-    translations and no unfinished one has a better score.
+    translations and no unfinished one has a better score. It is also done when no unfinished translation can become one of the
+    `n_best` translations.
     """
 
     def __init__(self, options: SearchOptions, end: int, limits: Sequence[int]) -> None:
@@ -145,45 +148,49 @@ class _BeamSearch:
         self._ids: list[list[list[int]]] = [[[] for _ in range(self._beams)] for _ in limits]
 
     def run(self, network: SequenceToSequence, sources: Sequence[np.ndarray]) -> list[list[Hypothesis]]:
-        decoding = Decoding(network, sources, self._beams, max(self._limits))
+        decoding = Decoding(network, sources, self._beams)
         logprobs = decoding.start()
         # At first, all beams of a sentence are equal, so only the first one is extended.
         totals = torch.full((len(sources), self._beams), _NEVER, device=logprobs.device)
         totals[:, 0] = 0.0
         for length in range(1, max(self._limits) + 1):
-            totals, parents, tokens = self._extend(logprobs, totals, length)
-            if not self._active:
+            sentences = len(self._active)
+            totals, parents, tokens, kept = self._extend(logprobs, totals, length)
+            if not kept:
                 break
-            logprobs = decoding.step(parents, tokens)
+            logprobs = decoding.step(parents, tokens, None if len(kept) == sentences else kept)
         return [sorted(found, key=lambda each: -each.score)[: self._options.n_best] for found in self._finished]
 
-    def _extend(self, logprobs: Tensor, totals: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _extend(self, logprobs: Tensor, totals: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         """Extend the beams to `length` tokens.
 
         Returns the total log-probabilities (sentences, beams), the parents (rows,) and the tokens (rows,) of the sentences that are
-        not done.
+        not done, and the places of these sentences among the active ones.
         """
         if self._options.no_repeat_ngram:
             logprobs = self._without_repeated_ngrams(logprobs)
         vocab_size = logprobs.shape[1]
-        scores = (logprobs.view(len(self._active), self._beams, -1) + totals[..., None]).flatten(1)
-        top = scores.topk(min(2 * self._beams, scores.shape[1]), dim=1)
-        still_active, new_totals, parents, tokens = [], [], [], []
-        rows = zip(self._active, top.values.tolist(), top.indices.tolist(), strict=True)
-        for place, (sentence, values, indexes) in enumerate(rows):
-            kept = self._extend_sentence(sentence, values, [divmod(index, vocab_size) for index in indexes], length)
-            if kept is None:
-                continue
-            still_active.append(sentence)
+        values, indexes = top_extensions(logprobs, totals, 2 * self._beams)
+        rows = zip(self._active, values.tolist(), indexes.tolist(), strict=True)
+        extended = [
+            self._extend_sentence(sentence, totals, [divmod(index, vocab_size) for index in places], length)
+            for sentence, totals, places in rows
+        ]
+        places = _without_gaps([kept is not None for kept in extended])
+        new_totals, parents, tokens = [], [], []
+        for place in places:
+            kept = extended[place]
+            assert kept is not None
             new_totals.append([total for total, _, _ in kept])
             parents += [place * self._beams + parent for _, parent, _ in kept]
             tokens += [token for _, _, token in kept]
-        self._active = still_active
+        self._active = [self._active[place] for place in places]
         device = logprobs.device
         return (
             torch.tensor(new_totals, device=device),
             torch.tensor(parents, dtype=torch.long, device=device),
             torch.tensor(tokens, dtype=torch.long, device=device),
+            places,
         )
 
     def _extend_sentence(
@@ -208,9 +215,7 @@ class _BeamSearch:
             finished += [self._hypothesis(each, kept[i][0], length, finished=False) for i, each in enumerate(ids)]
         finished.sort(key=lambda each: -each.score)
         del finished[self._beams :]
-        best = max((penalized(total, length, self._options.length_penalty) for total, _, _ in kept), default=_NEVER)
-        complete = len(finished) == self._beams and best <= finished[-1].score
-        if complete or not kept or length == self._limits[sentence]:
+        if not kept or length == self._limits[sentence] or self._is_complete(sentence, kept[0][0], length):
             return None
         while len(kept) < self._beams:  # a tiny vocabulary has fewer extensions than beams
             kept.append((_NEVER, kept[0][1], kept[0][2]))
@@ -218,12 +223,53 @@ class _BeamSearch:
         self._ids[sentence] = ids
         return kept
 
+    def _is_complete(self, sentence: int, best: float, length: int) -> bool:
+        """Whether the search is done for a sentence whose most likely unfinished translation has log-probability `best`."""
+        finished, exponent, wanted = self._finished[sentence], self._options.length_penalty, self._options.n_best
+        if len(finished) == self._beams and penalized(best, length, exponent) <= finished[-1].score:
+            return True
+        # The log-probability of a longer translation is at most `best`, so no translation can have a higher score than this.
+        bound = penalized(best, self._limits[sentence] if exponent > 0 else length, exponent)
+        return len(finished) >= wanted and bound <= finished[wanted - 1].score
+
     def _hypothesis(self, ids: list[int], total: float, length: int, *, finished: bool = True) -> Hypothesis:
         return Hypothesis(tuple(ids), total, penalized(total, length, self._options.length_penalty), finished)
 
     def _without_repeated_ngrams(self, logprobs: Tensor) -> Tensor:
         rows = [ids for sentence in self._active for ids in self._ids[sentence]]
         return without_repeated_ngrams(logprobs, rows, self._options.no_repeat_ngram)
+
+
+def _without_gaps(kept: Sequence[bool]) -> list[int]:
+    """Return the places that are kept. The last ones move into the gaps, so that most places do not change."""
+    count = sum(kept)
+    moved = (place for place in range(count, len(kept)) if kept[place])
+    return [place if kept[place] else next(moved) for place in range(count)]
+
+
+def top_extensions(logprobs: Tensor, totals: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the `count` most likely extensions of each sentence's beams, best first: their totals and their indices beam * V + token.
+
+    `logprobs` (N * beams, V) are the log-probabilities of the next tokens, and `totals` (N, beams) those of the beams. With a large
+    vocabulary, `topk` is slow. Therefore, the maxima of blocks of tokens are computed first, because the `count` largest elements
+    are in the blocks with the `count` largest maxima.
+    """
+    sentences, beams = totals.shape
+    vocab_size = logprobs.shape[1]
+    blocks = vocab_size // _BLOCK  # block b contains the tokens b, b + blocks, b + 2 * blocks, ...
+    if count > beams * blocks:
+        top = (logprobs.view(sentences, beams, -1) + totals[..., None]).flatten(1).topk(min(count, beams * vocab_size), dim=1)
+        return top.values, top.indices
+    maxima = logprobs[:, : _BLOCK * blocks].unflatten(1, (_BLOCK, blocks)).amax(dim=1) + totals.view(-1, 1)  # (N * beams, blocks)
+    best = maxima.view(sentences, -1).topk(count, dim=1, sorted=False).indices  # (N, count)
+    steps = torch.arange(0, _BLOCK * blocks, blocks, device=logprobs.device)
+    in_blocks = (best // blocks * vocab_size + best % blocks)[..., None] + steps  # (N, count, block)
+    rest = torch.arange(_BLOCK * blocks, vocab_size, device=logprobs.device)
+    in_rest = torch.arange(0, beams * vocab_size, vocab_size, device=logprobs.device)[:, None] + rest
+    indexes = torch.cat((in_blocks.flatten(1), in_rest.flatten().expand(sentences, -1)), dim=1)
+    scores = logprobs.view(sentences, -1).gather(1, indexes) + totals.gather(1, indexes // vocab_size)
+    top = scores.topk(count, dim=1)
+    return top.values, indexes.gather(1, top.indices)
 
 
 def without_repeated_ngrams(logprobs: Tensor, rows: Sequence[Sequence[int]], order: int) -> Tensor:
@@ -247,7 +293,7 @@ def _sample(
     rows: list[list[int]] = [[] for _ in generators]
     totals, open_rows = [0.0] * len(rows), set(range(len(rows)))
     results: list[Hypothesis | None] = [None] * len(rows)
-    decoding = Decoding(network, sources, count, max(limits))
+    decoding = Decoding(network, sources, count)
     logprobs = decoding.start()
     everything = torch.arange(len(rows), device=logprobs.device)
     for length in range(1, max(limits) + 1):
