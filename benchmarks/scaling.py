@@ -3,8 +3,8 @@
     python benchmarks/scaling.py TEXT [TEXT...] [--minutes 60] [--set KEY=VALUE] [--out DIR]
 
 For each text, this script runs `tinylm scale` for M minutes, trains the recipe that it writes, and prints the predicted and the
-actual loss. Training the recipe takes about as long as all small runs. An interrupted benchmark continues where it stopped. TEXT can
-be a file or, for example, `builtin:python-docs`.
+actual loss. Training the recipe takes about as long as all small runs. An interrupted benchmark continues where it stopped. A TEXT
+is a file or, for example, `builtin:python-docs`.
 """
 
 from __future__ import annotations

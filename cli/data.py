@@ -39,18 +39,19 @@ def show(
 ) -> None:
     """Show training examples. Training targets are in color or between [[ and ]]; the other tokens are only context."""
     from tinylm.data import formats
-    from tinylm.data.examples import shown_examples
+    from tinylm.data.examples import shown_examples, shown_preferences
     from tinylm.recipe import load
 
     loaded = load(find_recipe(recipe), set_ or ())
-    if loaded.objective.name != "causal_lm":
-        problem = f"must be causal_lm to show training examples, not {loaded.objective.name}"
+    convert = {"causal_lm": shown_examples, "dpo": shown_preferences}.get(loaded.objective.name)
+    if convert is None:
+        problem = f"must be causal_lm or dpo to show training examples, not {loaded.objective.name}"
         raise InputError(problem, where="objective.name")
     reporter = ConsoleReporter(stderr_console(), quiet=quiet)
     data_format = formats.find(loaded.data)
     prepared = data_format.prepare(loaded, reporter, 1)
     dataset = data_format.dataset(loaded, prepared)
-    examples = list(shown_examples(dataset.examples(start, count), prepared.tokenizer))
+    examples = list(convert(dataset.examples(start, count), prepared.tokenizer))
     if json:
         print_json({"examples_per_epoch": dataset.examples_per_epoch, "examples": [_document(item) for item in examples]})
         return
@@ -64,6 +65,7 @@ def _document(example: ShownExample) -> dict[str, Any]:
         "tokens": example.tokens,
         "learned": example.learned,
         "padding": example.padding,
+        **({"labels": example.labels} if example.labels else {}),
         "segments": [
             [{"text": part.text, "learned": part.learned, "tokens": part.tokens} for part in parts] for parts in example.segments
         ],
@@ -78,8 +80,8 @@ def _print(console: Console, number: int, example: ShownExample) -> None:
         style="bold",
     )
     opening, closing = ("", "") if console.is_terminal and not console.no_color else _MARKS
-    for parts in example.segments:
-        line = Text()
+    for number, parts in enumerate(example.segments):
+        line = Text(f"{example.labels[number]:<10}" if example.labels else "", "bold")
         for part in parts:
             if part.learned:
                 line.append(f"{opening}{part.text}{closing}", _LEARNED)

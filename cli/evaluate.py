@@ -214,6 +214,9 @@ def _evaluator_of(run: Run, ctx: typer.Context, *, own_data: bool) -> ModuleType
     Raises `InputError` for options that have no effect on such a model.
     """
     objective = run.recipe.objective.name
+    if own_data and objective == "dpo":
+        problem = "was trained on preferences, which are only evaluated during training (tinylm plot shows the results)"
+        raise InputError(problem, where=str(run.path), hint="pass a SOURCE to evaluate the model on a text")
     module = "evaluate_chat" if own_data and run.recipe.data.format == "chat" else _EVALUATORS.get(objective)
     evaluator = None if module is None else importlib.import_module(f".{module}", __package__)
     supported = _COMMON_OPTIONS + (_LANGUAGE_MODEL_OPTIONS if evaluator is None else tuple(evaluator.OPTIONS))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from tinylm.cost.plan import Plan, SourceUse
+from tinylm.cost.plan import ComputeOptimal, Plan, SourceUse
 
 from .console import (
     JSON,
@@ -82,22 +82,24 @@ def list_hardware(json: bool) -> None:
 def plan_recipe(recipe: object, reporter: ConsoleReporter, hardware: str | None = None, devices: int = 1) -> Plan:
     """Count the tokens in the text and plan the training run. `hardware` is the name of an accelerator, or None for this CPU."""
     from tinylm.cost.plan import BUSY, make_plan
-    from tinylm.data.estimate import estimate_text_size
+    from tinylm.data.estimate import estimate_data_size
     from tinylm.ensemble import teacher_runs
     from tinylm.recipe import Recipe
 
     assert isinstance(recipe, Recipe)
-    text = estimate_text_size(recipe.data, recipe.tokenizer, reporter)
+    data = estimate_data_size(recipe, reporter)
+    text = data.tokens
     if not text.exact:
-        reporter.note("the number of tokens is estimated from the first few megabytes of text")
+        reporter.note("the number of tokens is estimated from a few megabytes of text")
     planned = make_plan(
-        recipe,
+        data.recipe,
         text.vocab_size,
         text.train_tokens,
         heldout_tokens=text.heldout_tokens,
         source_tokens=text.source_tokens,
         accelerator=hardware,
         devices=devices,
+        size=data.example,
         teachers=[run.recipe.model for run in teacher_runs(recipe)],
     )
     if planned.busy:
@@ -134,8 +136,7 @@ def _rows(planned: Plan) -> list[tuple[str, str]]:
         ("peak memory", _memory(planned, devices)),
         ("checkpoint", format_size(planned.checkpoint_bytes)),
         (f"time on {machine}", _time(planned)),
-        ("compute-optimal", _compute_optimal(planned)),
-        ("repetition", _repetition(planned)),
+        *_scaling_laws(planned),
     ]
 
 
@@ -189,8 +190,14 @@ def _time(planned: Plan) -> str:
     )
 
 
-def _compute_optimal(planned: Plan) -> str:
+def _scaling_laws(planned: Plan) -> list[tuple[str, str]]:
     best = planned.compute_optimal
+    if best is None:
+        return []
+    return [("compute-optimal", _compute_optimal(planned, best)), ("repetition", _repetition(planned, best))]
+
+
+def _compute_optimal(planned: Plan, best: ComputeOptimal) -> str:
     ratio = best.tokens / planned.tokens
     times = f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
     return (
@@ -199,8 +206,7 @@ def _compute_optimal(planned: Plan) -> str:
     )
 
 
-def _repetition(planned: Plan) -> str:
-    best = planned.compute_optimal
+def _repetition(planned: Plan, best: ComputeOptimal) -> str:
     return (
         f"{planned.epochs:.2f} epochs of {format_count(best.unique_tokens)} tokens are worth about "
         f"{format_count(best.effective_tokens)} unique tokens; after about 4 epochs, repetition helps less and less"

@@ -79,10 +79,10 @@ def scale(
         return
     folder = Path(os.path.expanduser(out))
     if check is not None:
-        used = given_options(ctx, ("minutes_", "predict_minutes_", "set_", "plot", "hardware", "device"))
+        used = given_options(ctx, ("minutes_", "predict_minutes_", "set_", "plot", "seed", "hardware", "device"))
         if unused := [*(["SOURCE"] if source else []), *used]:
             raise InputError("cannot be combined with --check", where=", ".join(unused), hint="--out selects the experiment")
-        _check(folder, check, seed, json=json)
+        _check(folder, check, json=json)
         return
     if not source:
         raise InputError("missing", where="SOURCE", hint="pass a text, or compare a run with --check RUN")
@@ -195,16 +195,12 @@ def _interval(estimate: Estimate, form: str) -> str:
     return f"{estimate.value:{form}}, 95% interval {low:{form}} to {high:{form}}"
 
 
-def _check(folder: Path, path: str, seed: int, *, json: bool) -> None:
+def _check(folder: Path, path: str, *, json: bool) -> None:
     from tinylm.run import Run
     from tinylm.scaling import experiment, grid
 
-    opened, base = grid.open_grid(folder)
-    run = Run.open(os.path.expanduser(path))
-    runner = experiment.sweep(folder)
-    outcomes = [outcome for training in opened.planned if (outcome := runner.finished(training)) is not None]
-    fitted = experiment.fit_rows(folder, opened, experiment.rows_of(opened, outcomes), seed=seed)
-    checked = experiment.check(folder, opened, base, fitted, run)
+    grid.open_grid(folder)  # report a wrong --out before a wrong RUN
+    checked = experiment.check(folder, Run.open(os.path.expanduser(path)))
     if checked.differing_keys:
         message = f"warning: the law is for runs with another {', '.join(checked.differing_keys)}"
         stderr_console().print_line(message, "yellow")

@@ -25,6 +25,11 @@ _COMMANDS_BY_TASK = {
         ("eval", "tinylm eval --run {run}", "measure how often its answers are correct and complete"),
         ("plot", "tinylm plot {run} --out loss.png", "draw the loss curves"),
     ],
+    "dpo": [
+        ("chat", "tinylm chat --run {run}", "talk to the model"),
+        ("serve", "tinylm serve --run {run}", "talk to the model in a browser or with an OpenAI client"),
+        ("plot", "tinylm plot {run} --out loss.png", "draw the loss curves"),
+    ],
     "masked_lm": [
         ("fill", 'tinylm fill "... [MASK] ..." --run {run}', "predict masked tokens"),
         ("eval", "tinylm eval --run {run} --pseudo", "compute the pseudo-perplexity"),

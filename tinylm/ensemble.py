@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tinylm.errors import InputError
 from tinylm.recipe import Recipe
+from tinylm.recipe.chat import DPOObjective
 from tinylm.recipe.schema import CausalLMObjective
 from tinylm.run import Checkpoint, Run
 
@@ -109,15 +110,20 @@ class Ensemble:
 
 
 def teacher_runs(recipe: Recipe) -> list[Run]:
-    """Open the runs that a recipe distills (`objective.teacher`). Raises `InputError` if one of them cannot be opened."""
+    """Open the runs whose models stay fixed during training: those to distill, or the reference model of `dpo`.
+
+    Raises `InputError` if one of them cannot be opened.
+    """
     paths = recipe.objective.teacher if isinstance(recipe.objective, CausalLMObjective) else ()
+    if isinstance(recipe.objective, DPOObjective) and recipe.model.pretrained is not None:
+        paths = (recipe.model.pretrained.run,)
     return [Run.open(os.path.expanduser(path)) for path in paths]
 
 
 def _check_averages(first: Member, member: Member) -> None:
     """Raise `InputError` if the probabilities of two models cannot be averaged."""
     recipe = member.run.recipe
-    if not isinstance(recipe.objective, CausalLMObjective):
+    if not isinstance(recipe.objective, CausalLMObjective | DPOObjective):
         problem = f"was trained with the {recipe.objective.name} objective, so it cannot be part of an ensemble"
         raise InputError(problem, where=member.path, hint="ensembles require the causal_lm objective")
     if member.run.tokenizer.fingerprint != first.run.tokenizer.fingerprint:

@@ -18,7 +18,7 @@ from tinylm.model.classifier import SequenceClassifier
 from tinylm.model.decoder import as_decoder
 from tinylm.model.sequence_to_sequence import SequenceToSequence
 from tinylm.recipe import Recipe
-from tinylm.recipe.chat import ChatSection
+from tinylm.recipe.chat import ChatSection, PreferencesSection
 from tinylm.recipe.encoder import MaskedLMObjective
 from tinylm.recipe.labels import ClassificationObjective
 from tinylm.recipe.pairs import TranslationObjective
@@ -85,7 +85,7 @@ _SAMPLERS: dict[type[ObjectiveVariant], Callable[[Model, Tokenizer, Recipe], Sam
 
 def samples(network: Model, tokenizer: Tokenizer, recipe: Recipe) -> Samples:
     """Yield samples for the recipe's prompts. An objective without its own sampler continues the prompts."""
-    if isinstance(recipe.data, ChatSection):
+    if isinstance(recipe.data, ChatSection | PreferencesSection):
         yield from chat_answers(network, tokenizer, recipe)
         return
     yield from _SAMPLERS.get(type(recipe.objective), generated_text)(network, tokenizer, recipe)

@@ -261,6 +261,7 @@ def excess_loss(plan: Plan) -> float:
 
     Repeated tokens are converted to an equivalent number of unique tokens.
     """
+    assert plan.compute_optimal is not None
     tokens = effective_tokens(plan.tokens, plan.compute_optimal.unique_tokens, FITTED_REPETITIONS_SCALE)
     return float(PARAMETER_WEIGHT * _matmul_parameters(plan) ** -PARAMETER_EXPONENT + tokens**-TOKEN_EXPONENT)
 

@@ -46,7 +46,7 @@ class TrainingSummary:
     """Bits per byte of n-gram models and compressors on the same held-out text. Empty if they are not comparable or take too
     long."""
     task: str = "causal_lm"
-    """The name of the run's objective, or "chat" if the model was trained on conversations."""
+    """The name of the run's objective, or "chat" instead of "causal_lm" if the model was trained on conversations."""
     inspectable: bool = True
     """Whether `tinylm inspect` supports the model."""
 
@@ -72,7 +72,7 @@ def summarize(run: Run, seconds: float) -> TrainingSummary:
         bits_per_byte=bits,
         samples=_first_and_last(read_samples(run)),
         baselines={} if bits is None else _baselines(run, seconds),
-        task=run.recipe.objective.name if run.chat_encoder is None else "chat",
+        task="chat" if run.recipe.data.format == "chat" else run.recipe.objective.name,
         inspectable=run.recipe.model.inspectable,
     )
 

@@ -59,6 +59,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": {**LLAMA, "rope_parameters": {**ROPE, "rope_theta": 300.0}},
     "smollm3": {**LLAMA, "no_rope_layers": [0, 1], "no_rope_layer_interval": 4},
     "olmo2": LLAMA,
+    "phi": {**SIZES, "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5, "num_key_value_heads": 1, "hidden_act": "gelu_new"},
     "phi3": {**LLAMA, "rope_scaling": None, "partial_rotary_factor": 0.5},
     "gemma": GEMMA,
     "gemma2": {**GEMMA, "attn_logit_softcapping": 2.0},

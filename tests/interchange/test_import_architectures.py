@@ -78,6 +78,10 @@ CONFIGS: dict[str, Any] = {
     "smollm3": lambda: transformers.SmolLM3Config(**{**LLAMA, "num_hidden_layers": 5}, pad_token_id=0),
     "smollm3, other blocks": lambda: transformers.SmolLM3Config(**LLAMA, no_rope_layers=[0, 1], pad_token_id=0),
     "olmo2": lambda: transformers.Olmo2Config(**LLAMA),
+    "phi": lambda: transformers.PhiConfig(**LLAMA),
+    "phi, tied": lambda: transformers.PhiConfig(
+        **{**LLAMA, "num_attention_heads": 2}, tie_word_embeddings=True, partial_rotary_factor=0.25, hidden_act="gelu"
+    ),
     "phi3": lambda: transformers.Phi3Config(**LLAMA, sliding_window=9, pad_token_id=0),
     "phi3, half rotated": lambda: transformers.Phi3Config(
         **LLAMA, rope_parameters={"rope_type": "default", "rope_theta": 700.0, "partial_rotary_factor": 0.5}, pad_token_id=0
@@ -153,9 +157,14 @@ def test_an_imported_model_matches_transformers_and_can_be_exported_again(name: 
         ),
         ("gpt_neox", {"hidden_act": "silu"}, "activation 'silu' is not supported"),
         ("gpt_neo", {"attention_types": [[["global"], 3]]}, "invalid attention_types"),
+        ("phi", {"qk_layernorm": True}, "qk_layernorm True is not supported"),
         ("gemma", {"hidden_activation": "relu"}, "activation 'relu' is not supported"),
         ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation 'gelu' is not supported"),
-        ("olmo2", {"model_type": "olmo3"}, "unsupported model_type 'olmo3' .*olmo2, phi3, gemma, gemma2, gemma3_text, gpt_neox, gpt_neo"),
+        (
+            "olmo2",
+            {"model_type": "olmo3"},
+            "unsupported model_type 'olmo3' .*olmo2, phi3, gemma, gemma2, gemma3_text, gpt_neox, gpt_neo",
+        ),
     ],
 )
 def test_unsupported_variants_are_rejected(name: str, changes: dict[str, Any], message: str, tmp_path: Path, english: str) -> None:

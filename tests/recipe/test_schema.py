@@ -142,6 +142,7 @@ SETTINGS: dict[str, list[str]] = {
     "DecoderSection.parallel_residual": ["model.parallel_residual=on"],
     "DecoderSection.dropout": ["model.dropout=0.1"],
     "DecoderSection.attention_dropout": ["model.attention_dropout=0.1"],
+    "DecoderSection.head_bias": ["model.head_bias=on"],
     "DecoderSection.embedding_scale": ["model.embedding_scale=16"],
     "DecoderSection.attention_softcap": ["model.attention_softcap=50"],
     "DecoderSection.logit_softcap": ["model.logit_softcap=30"],
@@ -253,6 +254,7 @@ SETTINGS: dict[str, list[str]] = {
 
 
 _CHAT = "data={train: a.jsonl, format: chat}"
+_PREFERENCES, _FROM_RUN = "data={train: a.jsonl, format: preferences}", "model.init_from=a"
 _ENCODER, _LABELS = "model.architecture=encoder", "data={train: a.jsonl, format: labels}"
 SETTINGS |= {
     "Encoder" + name.removeprefix("Decoder"): [_ENCODER, *settings]
@@ -279,6 +281,9 @@ SETTINGS |= {
     "ChatSection.response": ["data={train: a.jsonl, format: chat, layout: prompt_response}", "data.response=answer"],
     "ChatSection.packing": [_CHAT, "data.packing=off"],
     "ChatSection.errors": [_CHAT, "data.errors=replace"],
+    "PreferencesSection.train": ["data={train: b.jsonl, format: preferences}", _FROM_RUN, "data.train=[a.jsonl, b.jsonl]"],
+    "PreferencesSection.errors": [_PREFERENCES, _FROM_RUN, "data.errors=replace"],
+    "DPOObjective.beta": [_PREFERENCES, _FROM_RUN, "objective.beta=0.5"],
     "ConversationShare.share": [_CHAT, "data.heldout.share=0.2"],
     "ConversationSources.sources": [_CHAT, "data.heldout=b.jsonl"],
     "MixSection.text": ["data={train: a.jsonl, format: chat, mix: {text: b.txt}}", "data.mix.text=a.txt"],
@@ -366,6 +371,8 @@ ONE_VALUE = {
     "EncoderSection.architecture",
     "MaskedLMObjective.name",
     "ChatSection.format",
+    "PreferencesSection.format",
+    "DPOObjective.name",
     "LabelsSection.format",
     "ClassificationObjective.name",
     "DataSection.format",

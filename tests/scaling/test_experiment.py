@@ -88,7 +88,7 @@ def test_the_grid_fits_the_time_and_every_run_has_its_own_schedule(english: str,
 
 
 def test_too_little_time_or_text_is_rejected_before_training(text_file: Path) -> None:
-    with pytest.raises(InputError, match=r"1 minutes are not enough .*the smallest experiment takes about"):
+    with pytest.raises(InputError, match=r"--minutes 1: not enough time .*the smallest experiment takes about"):
         plan_grid(Request((str(text_file),), 1), processor=SLOW)
     with pytest.raises(InputError, match="even the smallest models would overfit"):
         plan_grid(Request((str(text_file),), 60), processor=FAST)

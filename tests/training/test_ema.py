@@ -148,5 +148,5 @@ def test_the_memory_estimate_includes_the_averages(short_file: Path) -> None:
 
 def test_models_that_count_have_no_weights_to_average() -> None:
     recipe = "data: {train: x}\nmodel: {architecture: ngram}\ntraining: {epochs: 1, ema: 0.9}"
-    with pytest.raises(InputError, match="training.ema: has no effect with the ngram architecture"):
+    with pytest.raises(InputError, match=r"training\.ema: has no effect with the ngram architecture"):
         loads(recipe, check_files=False)

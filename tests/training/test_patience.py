@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,9 @@ def stopped(short_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     observer = NoteCollector()
     result = train(_recipe(short_file), folder, device="cpu", observer=observer)
     assert (result.stopped, result.as_dict()["stopped"]) == ("patience", "patience")
-    assert f"stopping early: 3 evaluations without improvement since step {result.best_step} (evaluation.patience)" in observer.notes
+    assert (
+        f"stopping early: 3 evaluations without improvement since step {result.best_step} (evaluation.patience)" in observer.notes
+    )
     return Run.open(folder)
 
 
@@ -53,7 +56,7 @@ def test_a_resumed_run_stops_at_the_same_step(short_file: Path, stopped: Run, tm
 
 
 def test_more_patience_continues_the_run_and_the_same_patience_does_not(short_file: Path, stopped: Run, tmp_path: Path) -> None:
-    train(_recipe(short_file), tmp_path / "run", device="cpu")
+    shutil.copytree(stopped.path, tmp_path / "run")
     again = train(_recipe(short_file), tmp_path / "run", device="cpu", resume=True)
     assert (again.stopped, again.step) == ("patience", stopped.checkpoint("last").step)
     more = _recipe(short_file, "evaluation.patience=4")

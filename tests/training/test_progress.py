@@ -12,7 +12,8 @@ from tinylm.training.progress import Progress, check_state
 
 FORMAT_3 = """{
  "step": 10, "cursor": 80, "tokens": 2560, "seconds": 1.5, "train_seconds": 1.25, "train_loss": 5.5,
- "val_loss": 5.75, "val_bits_per_byte": 2.5, "evaluated_step": 10, "best_step": 5, "best_val_loss": 5.625, "evaluations_since_best": 1,
+ "val_loss": 5.75, "val_bits_per_byte": 2.5, "evaluated_step": 10, "best_step": 5, "best_val_loss": 5.625,
+ "evaluations_since_best": 1,
  "watch": {"in_a_row": 0, "skipped": 1, "spikes": 2, "rollbacks": 0, "recent": [6.0, 5.5]}
 }"""
 ACCURACY = Metric("accuracy", "accuracy", "", lower_is_better=False, format=".1%")

@@ -12,7 +12,7 @@ from pairs import END, VOCAB_SIZE, network, translators
 from tinylm.errors import InputError
 from tinylm.interchange import marian
 from tinylm.model.sequence_to_sequence import START
-from tinylm.translation.search import SearchOptions, penalized, translate_ids, without_repeated_ngrams
+from tinylm.translation.search import SearchOptions, penalized, top_extensions, translate_ids, without_repeated_ngrams
 
 
 def _sources(count: int, seed: int = 0) -> list[np.ndarray]:
@@ -73,6 +73,27 @@ def test_a_wide_beam_finds_the_most_likely_translation(preset: str) -> None:
     assert best.score >= scores[finished] - 1e-5
     if best.finished:
         assert best.ids == finished
+
+
+@pytest.mark.parametrize("vocab_size", [5, 160, 333])
+def test_the_most_likely_extensions_are_found_without_sorting_the_whole_vocabulary(vocab_size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logprobs = torch.randn(4 * 3, vocab_size, generator=generator).log_softmax(-1)
+    totals = torch.randn(4, 3, generator=generator)
+    expected = (logprobs.view(4, 3, vocab_size) + totals[..., None]).flatten(1).topk(6, dim=1)
+    values, indexes = top_extensions(logprobs, totals, 6)
+    assert torch.equal(values, expected.values)
+    assert torch.equal(indexes, expected.indices)
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+def test_the_search_for_one_translation_ends_early_without_changing_it(length_penalty: float) -> None:
+    """With `n_best` equal to `beams`, the search continues until no beam can change."""
+    model, sources = network(seed=1), _sources(6, seed=2)
+    one = SearchOptions(beams=4, n_best=1, length_penalty=length_penalty, max_length=20)
+    every = SearchOptions(beams=4, n_best=4, length_penalty=length_penalty, max_length=20)
+    [first, expected] = [[found[0] for found in translate_ids(model, sources, END, options)] for options in (one, every)]
+    assert first == expected
 
 
 def test_the_length_penalty_matches_gnmt() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tinylm.recipe import Recipe
+from tinylm.recipe.chat import PreferencesSection
 from tinylm.recipe.labels import LabelsSection
 from tinylm.recipe.pairs import PairsSection
 
@@ -34,5 +35,7 @@ class ExampleSize:
         context = model.context_length
         if isinstance(recipe.data, PairsSection):
             return cls(2 * context, context, context, context, context)
+        if isinstance(recipe.data, PreferencesSection):  # two conversations
+            return cls(2 * context, 2 * context, 2 * context)
         positions = context if isinstance(recipe.data, LabelsSection) else context + model.warmup_tokens
         return cls(positions, positions, positions)

@@ -156,11 +156,7 @@ def block_bytes(model: TransformerSection, config: PassConfig, layer: int) -> in
     """Return the bytes that block `layer` saves. The block's input is included only if one of its operations saves it."""
     e, width, hidden = config.e, model.n_embd, model.feed_forward_width
     total = _attention_bytes(model, config, layer)
-    total += (
-        {"gelu": 2, "gelu_exact": 2, "silu": 2, "relu": 1, "relu2": 2, "swiglu": 4, "geglu": 4, "geglu_exact": 4}[model.feed_forward]
-        * hidden
-        * e
-    )
+    total += (4 if model.is_gated else 1 if model.feed_forward == "relu" else 2) * hidden * e
     if model.parallel_residual and model.norm_position == "post":
         total += norm_bytes(model, config, config.s) + _linear_input_bytes(model, config) * (1 if e == config.s else 2)
     else:
@@ -290,8 +286,8 @@ def activation_bytes(model: TransformerSection, config: PassConfig) -> int:
     return saved + max(loss_bytes(model, config), backward)
 
 
-def muon_bytes(model: TransformerSection, optimizer: MuonOptimizer) -> int:
-    """Return the peak bytes of a Muon step, excluding its state.
+def muon_bytes(shapes: Counter[tuple[int, int]], optimizer: MuonOptimizer) -> int:
+    """Return the peak bytes of a Muon step, excluding its state. `shapes` counts the matrices by shape.
 
     They consist of the float32 updates before orthogonalization, the updates that are already orthogonalized, and the temporaries
     of the Newton-Schulz iteration. The iteration processes all matrices with the same shape as one stack. Its temporaries are the
@@ -299,7 +295,6 @@ def muon_bytes(model: TransformerSection, optimizer: MuonOptimizer) -> int:
     weights are updated. With a Zolotarev function, no orthogonalized updates are stored. Each matrix of a batch needs two Gram
     matrices, and half as much memory to invert them.
     """
-    shapes = matrix_shapes(model)
     elements = sum(rows * columns * count for (rows, columns), count in shapes.items())
     if optimizer.orthogonalization == "zolotarev":
         counts: Counter[int] = Counter()
@@ -330,7 +325,7 @@ def evaluation_bytes(model: TransformerSection, vocab_size: int) -> tuple[int, i
     previous = values if model.n_layer > 1 else 0
     rotation = 2 * qk if model.qk_norm or model.position == "rope" else 0
     attention = 3 * width + values + max(rotation, queries + (qk if rotation else 0))
-    activations = {"gelu": 2, "gelu_exact": 2, "silu": 2, "relu": 2, "relu2": 3, "swiglu": 4, "geglu": 4, "geglu_exact": 4}[model.feed_forward]
+    activations = 4 if model.is_gated else 3 if model.feed_forward == "relu2" else 2
     feed_forward = 5 * width + values + activations * hidden
     logits = (2 if model.logit_softcap is None else 3) * vocab_size
     return 4 * tokens * (previous + max(attention, feed_forward)), 4 * tokens * (width + logits)
@@ -355,19 +350,18 @@ def _power_of_two(number: int) -> int:
     return 1 << (number.bit_length() - 1)
 
 
-def cpu_peak_bytes(model: TransformerSection, vocab_size: int, step: int, resident: int) -> int:
+def cpu_peak_bytes(step: int, resident: int, *, largest: int, evaluation: tuple[int, int]) -> int:
     """Return the peak resident set in bytes when training on a CPU, excluding weights and optimizer state.
 
     `step` is the size in bytes of the tensors that a step allocates and frees. `resident` is the size of the tensors that stay
-    allocated. The allocator keeps freed memory (`training/out_of_memory.py`), which is fast but causes fragmentation. A step takes
-    `FRAGMENTATION` times the bytes of its tensors, and the largest gradient cannot reuse the memory it previously occupied. An
-    evaluation is assumed to reuse none of this memory, because its tensors have different sizes. Only tensors of `MMAP_THRESHOLD`
-    or more bytes are returned to the operating system.
+    allocated, `largest` the size of the largest gradient, and `evaluation` the result of `evaluation_bytes`. The allocator keeps
+    freed memory (`training/out_of_memory.py`), which is fast but causes fragmentation. A step takes `FRAGMENTATION` times the bytes
+    of its tensors, and the largest gradient cannot reuse the memory it previously occupied. An evaluation is assumed to reuse none
+    of this memory, because its tensors have different sizes. Only tensors of `MMAP_THRESHOLD` or more bytes are returned to the
+    operating system.
     """
-    blocks, logits = evaluation_bytes(model, vocab_size)
-    logits_are_returned = 4 * _evaluated_tokens(model, vocab_size) * vocab_size >= MMAP_THRESHOLD
-    tables = len(model.ngram_embeddings) * model.ngram_rows * model.ngram_width
-    largest = 4 * max(tables, vocab_size * model.n_embd)
+    blocks, logits = evaluation
+    logits_are_returned = logits // 2 >= MMAP_THRESHOLD  # the logits and their log-softmax
     unplaced_gradient = largest if largest < MMAP_THRESHOLD else 0
-    evaluation = blocks + logits if logits_are_returned else max(blocks, logits)
-    return resident + int(FRAGMENTATION * step) + unplaced_gradient + evaluation
+    evaluated = blocks + logits if logits_are_returned else max(blocks, logits)
+    return resident + int(FRAGMENTATION * step) + unplaced_gradient + evaluated

@@ -9,11 +9,13 @@ import os
 from dataclasses import dataclass, replace
 
 from tinylm.cost import memory
-from tinylm.cost.parameters import estimated, has_estimates, lora_parameters, parameter_counts
+from tinylm.cost.examples import ExampleSize
+from tinylm.cost.network import has_document_mask, network_cost
+from tinylm.cost.parameters import has_estimates, lora_parameters
 from tinylm.errors import InputError
 from tinylm.recipe.arithmetic import divisors
 from tinylm.recipe.checks import listed
-from tinylm.recipe.schema import DataSection, MuonOptimizer, Optimizer, Recipe
+from tinylm.recipe.schema import MuonOptimizer, Optimizer, Recipe, TransformerSection
 from tinylm.recipe.values import ComputeDtype
 
 CPU_MICRO_BATCH_TOKENS = 2048
@@ -28,9 +30,9 @@ class MemoryEstimate:
 
     `activations`, `update` and `evaluation` are the peaks for a forward and backward pass, the optimizer's temporaries and an
     evaluation. They do not occur at the same time. `saving` is the copy of the weights and optimizer state that is made on a CPU
-    while a checkpoint is written. `optimizer` includes the moving average of the weights. `teachers` is the size of the weights of distilled models. `total` is the peak for the whole run.
-    On a GPU, it includes the largest of the three peaks. On a CPU, it is the resident set, which includes freed memory that the
-    allocator keeps.
+    while a checkpoint is written. `optimizer` includes the moving average of the weights. `teachers` is the size of the weights of
+    distilled models. `total` is the peak for the whole run. On a GPU, it includes the largest of the three peaks. On a CPU, it is
+    the resident set, which includes freed memory that the allocator keeps.
     """
 
     weights: int
@@ -57,21 +59,23 @@ def estimate_memory(
     on_gpu: bool = False,
     accumulates: bool = True,
     optimizer: Optimizer | None = None,
+    size: ExampleSize | None = None,
 ) -> MemoryEstimate:
     """Estimate the memory needed for training with this micro-batch size.
 
     Weights, gradients and optimizer state are float32 in every precision. With LoRA, only the adapters have gradients and optimizer
     state. If `accumulates` is true, a step has several micro-batches, so gradients and activations exist at the same time.
-    `optimizer` is the recipe's optimizer without `auto`, if that is known.
+    `optimizer` is the recipe's optimizer without `auto`, if that is known. `size` is the size of the training examples, or None if
+    it is unknown. Raises `InputError` if the architecture has no estimates.
     """
-    model = estimated(recipe.model)
-    counts = parameter_counts(model, vocab_size)
+    network, model = network_cost(recipe, vocab_size, size), recipe.model
     lora = recipe.training.lora
-    parameters = sum(counts.values()) + (lora_parameters(model, lora) if lora else 0)
-    trained = lora_parameters(model, lora) if lora else parameters
+    adapters = lora_parameters(model, lora) if lora and isinstance(model, TransformerSection) else 0
+    parameters = network.parameter_count + adapters
+    trained = adapters or parameters
     optimizer = optimizer or recipe.training.optimizer
     muon = isinstance(optimizer, MuonOptimizer)
-    slots = 2 * trained - (counts["matrices"] if muon else 0) + (trained if recipe.training.ema is not None else 0)
+    slots = 2 * trained - (network.counts["matrices"] if muon else 0) + (trained if recipe.training.ema is not None else 0)
     config = memory.PassConfig(
         vocab_size,
         micro_batch_size,
@@ -79,18 +83,21 @@ def estimate_memory(
         on_gpu=on_gpu,
         recompute=recipe.training.activation_checkpointing,
         frozen=lora is not None,
-        document_mask=isinstance(recipe.data, DataSection) and recipe.data.document_mask,
+        document_mask=has_document_mask(recipe),
     )
-    activations = memory.activation_bytes(model, config)
-    update = memory.muon_bytes(model, optimizer) if isinstance(optimizer, MuonOptimizer) else 0
-    evaluation = max(memory.evaluation_bytes(model, vocab_size))
+    activations = network.activation_bytes(config)
+    update = memory.muon_bytes(network.matrix_shapes, optimizer) if isinstance(optimizer, MuonOptimizer) else 0
+    evaluations = network.evaluation_bytes()
+    evaluation = max(evaluations)
     gradients = 4 * trained
     if on_gpu:
         passes = max(activations + (gradients if accumulates else 0), gradients)
         peak = max(passes, gradients + update, gradients + evaluation)
     else:
         resident = gradients if accumulates else 0
-        peak = memory.cpu_peak_bytes(model, vocab_size, max(activations, gradients - resident + update), resident)
+        peak = memory.cpu_peak_bytes(
+            max(activations, gradients - resident + update), resident, largest=4 * network.largest_table, evaluation=evaluations
+        )
     kept_state = 4 * (parameters + slots)
     saving = 0 if on_gpu else kept_state
     return MemoryEstimate(
@@ -113,28 +120,37 @@ def choose_micro_batch(
     *,
     half: bool = False,
     devices: int = 1,
+    size: ExampleSize | None = None,
 ) -> int:
     """Return the recipe's micro-batch size. For `auto`, choose the largest size that fits in the usable fraction of device
     memory.
 
     The chosen size divides each device's batch. It is 1 if no size fits. `max_tokens` limits the micro-batch on a CPU and is None
-    for a GPU. `half` means 16-bit training: fp16 if the recipe sets it, and bf16 otherwise. The memory limit is ignored for an
-    architecture without estimates.
+    for a GPU. `half` means 16-bit training: fp16 if the recipe sets it, and bf16 otherwise. `size` is the size of the
+    training examples, or None if it is unknown. The memory limit is ignored for an architecture without estimates.
     """
-    training, context = recipe.training, recipe.model.context_length
+    training, positions = recipe.training, recipe.model.context_length if size is None else size.positions
     if training.micro_batch_size != "auto":
         return training.micro_batch_size
     batch = training.global_batch_size // devices
     precision: ComputeDtype = ("fp16" if training.precision == "fp16" else "bf16") if half else "fp32"
-    for size in (size for size in range(batch, 0, -1) if batch % size == 0):
-        if max_tokens is not None and size * context > max_tokens:
+    for sequences in (number for number in range(batch, 0, -1) if batch % number == 0):
+        if max_tokens is not None and sequences * positions > max_tokens:
             continue
         if not has_estimates(recipe.model):
-            return size
-        costs = estimate_memory(recipe, vocab_size, size, precision=precision, on_gpu=max_tokens is None, accumulates=size < batch)
+            return sequences
+        costs = estimate_memory(
+            recipe,
+            vocab_size,
+            sequences,
+            precision=precision,
+            on_gpu=max_tokens is None,
+            accumulates=sequences < batch,
+            size=size,
+        )
         step = costs.weights + costs.gradients + costs.optimizer + costs.activations
         if step <= USABLE_MEMORY * memory_bytes:
-            return size
+            return sequences
     return 1
 
 

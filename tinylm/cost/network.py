@@ -3,8 +3,7 @@
 `network_cost` returns the estimates for a recipe. They are composed of the counts for one stack of transformer blocks in
 `parameters`, `memory` and `accelerators`, at the lengths of the recipe's examples.
 
-Legend: `C` width, `S` source positions, `T` positions of a text or target, `N` positions with a target, `V` vocabulary, `e` bytes per
-element in matrix products, `s` bytes per element in the residual stream.
+Legend: `C` width, `e` bytes per element in matrix products, `s` bytes per element in the residual stream.
 """
 
 from __future__ import annotations
@@ -41,6 +40,8 @@ _GATES = {"lstm": 4, "gru": 3}
 _SAVED_BY_CELL = {"gru": (6, 2), "lstm": (8, 8)}
 """Values that a recurrent layer saves at each position for each unit and for each input. Counted on a CPU, where an LSTM also saves
 the workspace of oneDNN."""
+_SAVED_IN_16_BIT = 0.65
+"""Memory of these values in 16-bit precision, as a fraction of that in fp32. Fitted."""
 _SAVED_BY_ATTENDING_CELL = {"gru": 13, "lstm": 15}
 """Values that a decoder with attention saves for each unit at each position, in its first layer and before the head. Counted."""
 _STEP_KERNELS = {"gru": 45, "lstm": 12, "attention": 90}
@@ -117,6 +118,11 @@ class NetworkCost(ABC, Generic[M]):
 
     @property
     @abstractmethod
+    def depth(self) -> int:
+        """The number of blocks or recurrent layers."""
+
+    @property
+    @abstractmethod
     def activation_width(self) -> int:
         """The width of the largest activation."""
 
@@ -133,15 +139,16 @@ class NetworkCost(ABC, Generic[M]):
 
 
 
-def _cross_entropy_bytes(rows: int, width: int, vocab_size: int, config: PassConfig) -> int:
+def _cross_entropy_bytes(rows: int, width: int, vocab_size: int, config: PassConfig, *, smoothed: bool = False) -> int:
     """Return the peak bytes of `F.cross_entropy` on all logits of `rows` rows, and of its backward pass.
 
-    In the forward pass, the logits and their log-softmax exist together. In the backward pass, the gradient of the logits and of the
-    head do. In 16-bit precision, the logits and the head also exist in 16 bits.
+    In the forward pass, the logits and their log-softmax exist together. In the backward pass, the gradients of the logits and of
+    the head do. With label smoothing (`smoothed`), the log-softmax and two gradients exist together. In 16-bit precision, the logits
+    and the head also exist in 16 bits.
     """
     logits, head = rows * vocab_size, vocab_size * width
     casts = 2 * (logits + head) if config.e < 4 else 0
-    return max(8 * logits, 4 * logits + 4 * head + 4 * rows * width) + casts
+    return max((12 if smoothed else 8) * logits, 4 * logits + 4 * head + 4 * rows * width) + casts
 
 
 class TransformerCost(NetworkCost[TransformerSection]):
@@ -252,7 +259,8 @@ class TransformerCost(NetworkCost[TransformerSection]):
         rows = math.ceil(self._rate * tokens)
         selected = rows * (8 + 8 + width * config.s)
         if self._has_transform:
-            selected += rows * (2 * width * config.e + memory.norm_bytes(model, config, config.s)) + 2 * width * width * (config.e < 4)
+            selected += rows * (2 * width * config.e + memory.norm_bytes(model, config, config.s))
+            selected += 2 * width * width if config.e < 4 else 0
         if self._has_head_bias:
             head = rows * width * config.e + _cross_entropy_bytes(rows, width, config.vocab_size, config)
         else:
@@ -266,6 +274,10 @@ class TransformerCost(NetworkCost[TransformerSection]):
         if isinstance(self.recipe.objective, MaskedLMObjective):
             return memory.evaluation_bytes(self.model, max(1, round(_MASKED_IN_EVALUATION * self.vocab_size)))
         return memory.evaluation_bytes(self.model, self.vocab_size)
+
+    @property
+    def depth(self) -> int:
+        return self.model.n_layer
 
     @property
     def activation_width(self) -> int:
@@ -303,7 +315,9 @@ class TranslatorCost(NetworkCost[M]):
         tokens = config.sequences * self.size.longest
         chunk = min(tokens, memory.loss_chunk_rows(config.vocab_size, on_gpu=config.on_gpu))
         gradient = 4 * config.vocab_size * self._width
-        return _cross_entropy_bytes(chunk, self._width, config.vocab_size, config), gradient
+        objective = self.recipe.objective
+        smoothed = isinstance(objective, TranslationObjective) and objective.label_smoothing > 0
+        return _cross_entropy_bytes(chunk, self._width, config.vocab_size, config, smoothed=smoothed), gradient
 
     @property
     def largest_table(self) -> int:
@@ -472,6 +486,10 @@ class EncoderDecoderCost(TranslatorCost[EncoderDecoderSection]):
         return blocks, 4 * targets * (self._width + 2 * self.vocab_size) + 4 * sources * self._width
 
     @property
+    def depth(self) -> int:
+        return self.model.n_layer + self.model.decoder_layers
+
+    @property
     def activation_width(self) -> int:
         return self._decoder.feed_forward_width
 
@@ -573,32 +591,37 @@ class RecurrentTranslatorCost(TranslatorCost[RecurrentEncoderDecoderSection]):
     def matmul_bytes(self, precision: MatmulPrecision) -> float:
         return 4 * 3 * self._saved_values(self.size.source_length, self.size.length)
 
-    def _saved_values(self, sources: float, targets: float) -> float:
-        """Return the number of values that the forward pass of one pair saves."""
+    def _saved_values(self, sources: float, targets: float, precision: ComputeDtype = "fp32") -> float:
+        """Return the number of float32 values that take as much memory as what the forward pass of one pair saves."""
+        share = 1.0 if precision == "fp32" else _SAVED_IN_16_BIT
         width, memory_width, cell = self._width, self.model.memory_width, self.model.cell
         per_unit, per_input = _SAVED_BY_CELL[cell]
         encoder = self._directions * (width + sum(per_unit * width + per_input * inputs for inputs in self._encoder_inputs))
         if not self._attends:
             decoder = width + sum(per_unit * width + per_input * inputs for inputs in self._decoder_inputs)
-            return sources * encoder + targets * decoder
+            return share * (sources * encoder + targets * decoder)
         first = _SAVED_BY_ATTENDING_CELL[cell] * width + 2 * memory_width
-        decoder = first + sum(per_unit * width + per_input * inputs for inputs in self._decoder_inputs[1:])
-        return sources * (encoder + memory_width) + targets * decoder + sources * targets * width
+        others = share * sum(per_unit * width + per_input * inputs for inputs in self._decoder_inputs[1:])
+        return sources * (share * encoder + memory_width) + targets * (first + others) + sources * targets * width
 
     def activation_bytes(self, config: PassConfig) -> int:
         sources, targets = self.size.source_longest, self.size.longest
         tokens = config.sequences * (sources + targets)
-        saved = config.sequences * round(4 * self._saved_values(sources, targets)) + 8 * tokens
+        saved = config.sequences * round(4 * self._saved_values(sources, targets, config.precision)) + 8 * tokens
         loss, head_gradient = self._head_bytes(config)
         if config.sequences * targets > memory.loss_chunk_rows(config.vocab_size, on_gpu=config.on_gpu):
             loss += head_gradient  # the sum over the previous chunks
-        backward = 4 * config.sequences * max(sources, targets) * 2 * _GATES[self.model.cell] * self._width
+        backward = 4 * config.sequences * max(sources, targets) * _GATES[self.model.cell] * self._width
         return saved + max(loss, head_gradient + backward)
 
     def evaluation_bytes(self) -> tuple[int, int]:
         sources, targets = self._evaluated()
         layers = 4 * max(sources, targets) * (_GATES[self.model.cell] + 3) * self.model.memory_width
         return layers, 4 * targets * (self._width + 2 * self.vocab_size) + 4 * sources * 2 * self.model.memory_width
+
+    @property
+    def depth(self) -> int:
+        return self.model.n_layer * (self._directions + 1)
 
     @property
     def activation_width(self) -> int:
@@ -620,7 +643,8 @@ def network_cost(recipe: Recipe, vocab_size: int, size: ExampleSize | None = Non
     """
     cost = next((cost for section, cost in _COSTS.items() if isinstance(recipe.model, section)), None)
     if cost is None:
-        raise InputError(f"the cost of the {recipe.model.architecture} architecture cannot be estimated", where="model.architecture")
+        name = recipe.model.architecture
+        raise InputError(f"the cost of the {name} architecture cannot be estimated", where="model.architecture")
     return cost(recipe.model, recipe, vocab_size, size or ExampleSize.largest(recipe))
 
 

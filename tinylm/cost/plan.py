@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 from tinylm.cost import accelerators
 from tinylm.cost.cpu import Processor
+from tinylm.cost.examples import ExampleSize
 from tinylm.cost.micro_batch import MemoryEstimate, estimate_memory
+from tinylm.cost.network import network_cost
 from tinylm.cost.parameters import (
     estimated,
-    flops_per_token,
     has_estimates,
     lora_parameters,
     not_estimated,
@@ -26,8 +27,9 @@ from tinylm.cost.parameters import (
 from tinylm.cost.step_time import estimate_on_accelerator, estimate_on_cpu, with_teachers
 from tinylm.cpu_load import MIN_CPU_SHARE
 from tinylm.errors import InputError
+from tinylm.recipe.encoder import MaskedLMObjective
 from tinylm.recipe.mixture import MixtureShares
-from tinylm.recipe.schema import ModelVariant, Recipe, TrainingSection, require_text
+from tinylm.recipe.schema import DecoderSection, ModelVariant, Recipe, TrainingSection, TransformerSection, require_text
 from tinylm.recipe.values import ComputeDtype
 
 BUSY = "other programs use this CPU, so training may be as slow as the upper end of the estimate"
@@ -77,7 +79,8 @@ class Plan:
     cores are in use. It is 1 for accelerators, which are not measured. If the machine is busy, `seconds_range` and `steps_range`
     extend from the estimate for an idle machine to the estimate for this CPU share. Otherwise, both ends equal the estimate.
     `not_estimated` lists the parts of the model that the plan ignores, as "key value". `sources` is empty unless the text is a
-    mixture.
+    mixture. `compute_optimal` is None unless the model is a decoder that predicts the next token, because these laws were measured
+    for such models.
     """
 
     parameters: int
@@ -108,7 +111,7 @@ class Plan:
     evaluation_seconds: float
     seconds_range: tuple[float, float]
     steps_range: tuple[int, int]
-    compute_optimal: ComputeOptimal
+    compute_optimal: ComputeOptimal | None
     not_estimated: tuple[str, ...]
     sources: tuple[SourceUse, ...] = ()
 
@@ -129,27 +132,31 @@ def make_plan(
     devices: int = 1,
     processor: Processor | None = None,
     teachers: Sequence[ModelVariant] = (),
+    size: ExampleSize | None = None,
 ) -> Plan:
-    """Estimate the cost of a recipe for a text with `train_tokens` tokens, on this machine's CPU or on `devices` accelerators.
+    """Estimate the cost of a recipe for `train_tokens` training tokens, on this machine's CPU or on `devices` accelerators.
 
     `accelerator` is a name in `accelerators.ACCELERATORS`, or None for the CPU. `heldout_tokens` is the length of the held-out
     text, and `source_tokens` are the numbers of training tokens of the sources of a mixture. If `processor` is None, the CPU is
-    measured. `teachers` are the `model:` sections of the runs in `objective.teacher`.
+    measured. `teachers` are the `model:` sections of the runs in `objective.teacher`. `size` is the mean size of labeled texts or
+    sentence pairs, and None for a text, whose examples fill the context.
 
     Raises `InputError` if the architecture has no estimates, if the text is shorter than one sequence, if the accelerator is
     unknown or does not support the recipe's precision, or if the batch cannot be divided among the devices.
     """
-    model, training = estimated(recipe.model), recipe.training
-    if train_tokens <= model.context_length:
+    model, training = recipe.model, recipe.training
+    network = network_cost(recipe, vocab_size, size)
+    if size is None and train_tokens <= model.context_length:
         raise InputError(
             f"the training text has about {train_tokens:,} tokens, fewer than context_length {model.context_length:,} + 1",
             where="model.context_length",
         )
-    steps = training_steps(training, model.context_length, (train_tokens - 1) // model.context_length)
+    per_example = network.size.tokens
+    steps = training_steps(training, per_example, examples_per_epoch(recipe, train_tokens, size))
     if accelerator is None:
-        step = estimate_on_cpu(recipe, vocab_size, steps, processor)
+        step = estimate_on_cpu(recipe, vocab_size, steps, processor, size)
     else:
-        step = estimate_on_accelerator(recipe, vocab_size, steps, accelerators.find(accelerator), devices)
+        step = estimate_on_accelerator(recipe, vocab_size, steps, accelerators.find(accelerator), devices, size)
     step = with_teachers(step, recipe, vocab_size, teachers)
     seconds_per_evaluation = _evaluated_tokens(recipe, heldout_tokens) * step.evaluation_seconds
     if steps is None:
@@ -164,14 +171,16 @@ def make_plan(
         on_gpu=accelerator is not None,
         accumulates=accumulation > 1,
         optimizer=step.optimizer,
+        size=size,
     )
     costs = costs.with_teachers(
         sum(sum(parameter_counts(estimated(teacher), vocab_size).values()) for teacher in teachers if has_estimates(teacher))
     )
-    counts = parameter_counts(model, vocab_size)
-    parameters = sum(counts.values()) + (lora_parameters(model, training.lora) if training.lora else 0)
-    tokens_per_step = training.global_batch_size * model.context_length
-    per_token = flops_per_token(model, vocab_size, training.lora)
+    counts = network.counts
+    adapters = lora_parameters(model, training.lora) if training.lora and isinstance(model, TransformerSection) else 0
+    parameters = network.parameter_count + adapters
+    tokens_per_step = round(training.global_batch_size * per_example)
+    per_token = network.flops(training.lora) / per_example
     tokens = steps * tokens_per_step
     seconds = steps * step.step_seconds + step.start_up_seconds
     slowdown = 1 / step.cpu_share if step.cpu_share < MIN_CPU_SHARE else 1.0
@@ -205,7 +214,11 @@ def make_plan(
         evaluation_seconds=seconds_per_evaluation * evaluations(steps, recipe.evaluation.every),
         seconds_range=(seconds, seconds if limited_by_time else seconds * slowdown),
         steps_range=(max(1, int(steps / slowdown)) if limited_by_time else steps, steps),
-        compute_optimal=compute_optimal(parameters - counts["tables"], per_token * tokens, tokens, train_tokens),
+        compute_optimal=(
+            compute_optimal(parameters - counts["tables"], per_token * tokens, tokens, train_tokens)
+            if isinstance(model, DecoderSection) and size is None
+            else None
+        ),
         not_estimated=(
             *not_estimated(model),
             *(f"teacher {teacher.architecture}" for teacher in teachers if not has_estimates(teacher)),
@@ -224,6 +237,14 @@ def _source_uses(recipe: Recipe, source_tokens: Sequence[int], tokens: int) -> t
         SourceUse(item.name, share, size, share * tokens / max(size, 1))
         for item, share, size in zip(mixture, shares, source_tokens, strict=True)
     )
+
+
+def examples_per_epoch(recipe: Recipe, train_tokens: int, size: ExampleSize | None) -> int:
+    """Return the number of training examples in an epoch. `size` is None if the examples are windows of a text."""
+    if size is not None:
+        return max(1, round(train_tokens / size.tokens))
+    framed = 2 if isinstance(recipe.objective, MaskedLMObjective) else 0  # each window is between [CLS] and [SEP]
+    return (train_tokens - 1) // (recipe.model.context_length - framed)
 
 
 def evaluations(steps: int, every: int | float) -> int:

@@ -7,24 +7,21 @@ and `accelerators` convert the counts to seconds.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tinylm.cost import accelerators, cpu, memory
 from tinylm.cost.accelerators import Accelerator, MatmulPrecision
 from tinylm.cost.cpu import CpuSeconds, Processor
+from tinylm.cost.examples import ExampleSize
 from tinylm.cost.micro_batch import CPU_MICRO_BATCH_TOKENS, check_batch_divides, choose_micro_batch, host_memory_bytes
-from tinylm.cost.parameters import (
-    estimated,
-    flops_per_token,
-    parameter_counts,
-    teacher_flops_per_token,
-    trained_parameters,
-    weight_flops_per_token,
-)
-from tinylm.recipe.schema import DecoderSection, ModelVariant, MuonOptimizer, Optimizer, Recipe, TrainingSection
+from tinylm.cost.network import network_cost
+from tinylm.cost.parameters import estimated, flops_per_token, lora_parameters, teacher_flops_per_token
+from tinylm.recipe.schema import ModelVariant, MuonOptimizer, Optimizer, Recipe, TrainingSection, TransformerSection
 from tinylm.recipe.values import ComputeDtype
 
 CLEARLY_FASTER = 0.95
@@ -73,6 +70,8 @@ class StepEstimate:
 
 def with_teachers(step: StepEstimate, recipe: Recipe, vocab_size: int, teachers: Sequence[ModelVariant]) -> StepEstimate:
     """Add the forward passes of distilled models to a step. They are assumed to take as long per FLOP as the rest of the step."""
+    if not teachers:
+        return step
     own_flops = flops_per_token(estimated(recipe.model), vocab_size, recipe.training.lora)
     return replace(step, step_seconds=step.step_seconds * (1 + teacher_flops_per_token(teachers, vocab_size) / own_flops))
 
@@ -96,30 +95,33 @@ def _seconds_left(training: TrainingSection) -> float | None:
     return None if training.minutes is None else 60 * training.minutes
 
 
-def estimate_on_cpu(recipe: Recipe, vocab_size: int, steps: int | None, processor: Processor | None) -> StepEstimate:
+def estimate_on_cpu(
+    recipe: Recipe, vocab_size: int, steps: int | None, processor: Processor | None, size: ExampleSize | None = None
+) -> StepEstimate:
     """Estimate a step on this machine's CPU. If `processor` is None, the CPU is measured.
 
-    `steps` is the number of steps in the run, or None if it is unknown.
+    `steps` is the number of steps in the run, or None if it is unknown. `size` is the size of the training examples, or None for
+    the largest possible size.
     """
-    training = recipe.training
+    training, size = recipe.training, size or ExampleSize.largest(recipe)
     host = host_memory_bytes()
-    micro = choose_micro_batch(recipe, vocab_size, host, CPU_MICRO_BATCH_TOKENS)
-    machine = processor or _measure(recipe, vocab_size, micro)
+    micro = choose_micro_batch(recipe, vocab_size, host, CPU_MICRO_BATCH_TOKENS, size=size)
+    machine = processor or _measure(recipe, vocab_size, micro, size)
 
     def seconds(precision: ComputeDtype, compiled: bool = False) -> CpuSeconds:
-        return cpu_seconds(recipe, vocab_size, micro, machine, precision, compiled=compiled)
+        return cpu_seconds(recipe, vocab_size, micro, machine, precision, compiled=compiled, size=size)
 
     if training.precision != "auto":
         precision: ComputeDtype = training.precision
     else:
         faster = machine.has_amx and seconds("bf16").passes < CLEARLY_FASTER * seconds("fp32").passes
         precision = "bf16" if faster else "fp32"
-    micro = choose_micro_batch(recipe, vocab_size, host, CPU_MICRO_BATCH_TOKENS, half=precision != "fp32")
+    micro = choose_micro_batch(recipe, vocab_size, host, CPU_MICRO_BATCH_TOKENS, half=precision != "fp32", size=size)
     compiled = training.compile
     if compiled == "auto":
         pays_off = compilation_pays_off(seconds(precision).passes, _seconds_left(training), steps, "cpu")
-        compiled = cpp_compiler() is not None and pays_off
-    passes_per_token = seconds("fp32").passes / (training.global_batch_size * recipe.model.context_length)
+        compiled = _can_compile(recipe) and cpp_compiler() is not None and pays_off
+    passes_per_token = seconds("fp32").passes / (training.global_batch_size * size.tokens)
     if training.activation_checkpointing:
         passes_per_token *= 3 / 4  # an evaluation does not recompute activations
     return StepEstimate(
@@ -137,53 +139,69 @@ def estimate_on_cpu(recipe: Recipe, vocab_size: int, steps: int | None, processo
     )
 
 
-def _measure(recipe: Recipe, vocab_size: int, micro_batch_size: int) -> Processor:
+def _can_compile(recipe: Recipe) -> bool:
+    return True in recipe.model.training_values.get("compile", (True,))
+
+
+def _measure(recipe: Recipe, vocab_size: int, micro_batch_size: int, size: ExampleSize) -> Processor:
     """Measure this machine's CPU with arrays as large as the recipe's activations and weights."""
-    model = estimated(recipe.model)
-    tensor = 4 * micro_batch_size * model.context_length * model.feed_forward_width
-    return cpu.measure(tensor, 4 * sum(parameter_counts(model, vocab_size).values()))
+    network = network_cost(recipe, vocab_size, size)
+    tensor = 4 * micro_batch_size * math.ceil(size.length) * network.activation_width
+    return cpu.measure(tensor, 4 * network.parameter_count)
+
+
+def _trained_parameters(recipe: Recipe, vocab_size: int) -> int:
+    """Return the number of trained parameters. With LoRA, only the adapters are trained."""
+    model, lora = recipe.model, recipe.training.lora
+    adapters = lora_parameters(model, lora) if lora and isinstance(model, TransformerSection) else 0
+    return adapters or network_cost(recipe, vocab_size).parameter_count
 
 
 def cpu_seconds(
-    recipe: Recipe, vocab_size: int, micro_batch_size: int, machine: Processor, precision: ComputeDtype, *, compiled: bool = False
+    recipe: Recipe,
+    vocab_size: int,
+    micro_batch_size: int,
+    machine: Processor,
+    precision: ComputeDtype,
+    *,
+    compiled: bool = False,
+    size: ExampleSize | None = None,
 ) -> CpuSeconds:
     """Estimate the parts of one optimizer step on a CPU in seconds."""
-    model, training = estimated(recipe.model), recipe.training
-    counts = parameter_counts(model, vocab_size)
-    tokens = training.global_batch_size * model.context_length
-    micro_batches = training.global_batch_size // micro_batch_size
-    matmul_flops = weight_flops_per_token(model, vocab_size, training.lora)
+    network, training = network_cost(recipe, vocab_size, size), recipe.training
+    counts, sequences = network.counts, training.global_batch_size
+    micro_batches = sequences // micro_batch_size
     optimizer = _resolve_optimizer(training, "cpu", has_bf16_units=machine.has_amx)
-    trained = trained_parameters(model, vocab_size, training.lora)
+    trained = _trained_parameters(recipe, vocab_size)
     state_bytes = trained * (_ADAMW_BYTES + 12 * (micro_batches - 1)) + counts["matrices"] * _muon_bytes(optimizer)
     if training.lora is None:  # Each micro-batch zeroes the gradients of the embedding tables.
         state_bytes += 4 * micro_batches * (counts["embedding"] + counts["positions"] + counts["tables"])
     factor = _recomputation_factor(training)
-    blocks = model.n_layer * cpu.query_blocks(training.global_batch_size, model.n_head, model.context_length)
     work = cpu.Work(
         precision=precision,
-        matmul_flops=factor * tokens * matmul_flops,
-        elementwise_bytes=factor * tokens * _elementwise_bytes(model, vocab_size, precision, compiled=compiled),
-        scores=factor * tokens * model.context_length * model.n_head * model.n_layer,
-        query_blocks=blocks,
-        kernels=factor * micro_batches * cpu.kernels(model.n_layer, len(model.ngram_embeddings), precision, compiled=compiled),
+        matmul_flops=factor * sequences * network.weight_flops(training.lora),
+        elementwise_bytes=factor * sequences * network.elementwise_bytes(precision, compiled=compiled),
+        scores=factor * sequences * network.scores,
+        query_blocks=network.query_blocks(sequences),
+        kernels=factor * micro_batches * network.kernels(precision, compiled=compiled),
         state_bytes=state_bytes,
-        update_kernels=cpu.UPDATE_KERNELS * (model.n_layer + 1),
-        newton_schulz_flops=_muon_flops(recipe, optimizer),
+        update_kernels=cpu.UPDATE_KERNELS * (network.depth + 1),
+        newton_schulz_flops=_muon_flops(network.matrix_shapes, optimizer),
         newton_schulz_precision="bf16" if _updates_in_bf16(optimizer) else "fp32",
     )
     return cpu.step_seconds(machine, work)
 
 
 def estimate_on_accelerator(
-    recipe: Recipe, vocab_size: int, steps: int | None, accelerator: Accelerator, devices: int
+    recipe: Recipe, vocab_size: int, steps: int | None, accelerator: Accelerator, devices: int, size: ExampleSize | None = None
 ) -> StepEstimate:
     """Estimate a data-parallel step on `devices` accelerators. `steps` is the number of steps in the run, or None if it is unknown.
 
-    Raises `InputError` if the batch cannot be divided among the devices, or if the accelerator does not support the recipe's
-    precision.
+    `size` is the size of the training examples, or None for the largest possible size. Raises `InputError` if the batch cannot be
+    divided among the devices, or if the accelerator does not support the recipe's precision.
     """
-    model, training = estimated(recipe.model), recipe.training
+    training, size = recipe.training, size or ExampleSize.largest(recipe)
+    network = network_cost(recipe, vocab_size, size)
     check_batch_divides(recipe, devices)
     if training.precision != "auto":
         precision: ComputeDtype = training.precision
@@ -191,17 +209,19 @@ def estimate_on_accelerator(
         precision = "bf16" if "bf16" in accelerator.flops else "fp16" if "fp16" in accelerator.flops else "fp32"
     peak = accelerator.matmul_flops(_matmul_precision(accelerator, precision))
     resolved = recipe.model_copy(update={"training": training.model_copy(update={"precision": precision})})
-    micro = choose_micro_batch(resolved, vocab_size, int(accelerator.memory), None, half=precision != "fp32", devices=devices)
+    half = precision != "fp32"
+    micro = choose_micro_batch(resolved, vocab_size, int(accelerator.memory), None, half=half, devices=devices, size=size)
 
     def seconds(compiled: bool) -> float:
-        return accelerator_seconds(recipe, vocab_size, micro, accelerator, devices, precision, compiled=compiled)
+        return accelerator_seconds(recipe, vocab_size, micro, accelerator, devices, precision, compiled=compiled, size=size)
 
     compiled = training.compile
     if compiled == "auto":
-        compiled = compilation_pays_off(seconds(compiled=False), _seconds_left(training), steps, "cuda")
-    evaluated_bytes = _elementwise_bytes(model, vocab_size, "fp32", compiled=False)
+        pays_off = compilation_pays_off(seconds(compiled=False), _seconds_left(training), steps, "cuda")
+        compiled = _can_compile(recipe) and pays_off
+    evaluated_bytes = network.elementwise_bytes("fp32", compiled=False)
     evaluation = accelerators.step_seconds(
-        accelerator, 1, "fp32", matmul_flops=flops_per_token(model, vocab_size) / 3, elementwise_bytes=evaluated_bytes / 3
+        accelerator, 1, "fp32", matmul_flops=network.flops() / 3, elementwise_bytes=evaluated_bytes / 3
     )
     return StepEstimate(
         name=accelerator.name,
@@ -212,7 +232,7 @@ def estimate_on_accelerator(
         micro_batch_size=micro,
         optimizer=_resolve_optimizer(training, "cuda", has_bf16_units="bf16" in accelerator.flops),
         step_seconds=seconds(compiled),
-        evaluation_seconds=evaluation.total,
+        evaluation_seconds=evaluation.total / size.tokens,
         start_up_seconds=COMPILATION_SECONDS["cuda"] if compiled else 0.0,
     )
 
@@ -226,33 +246,35 @@ def accelerator_seconds(
     precision: ComputeDtype,
     *,
     compiled: bool,
+    size: ExampleSize | None = None,
 ) -> float:
     """Return the seconds for one optimizer step: the longer of the devices' time and the time to launch their kernels."""
-    model, training = estimated(recipe.model), recipe.training
+    training, size = recipe.training, size or ExampleSize.largest(recipe)
+    network = network_cost(recipe, vocab_size, size)
     matmul_precision = _matmul_precision(accelerator, precision)
     micro_batches = training.global_batch_size // devices // micro_batch_size
-    tokens = training.global_batch_size * model.context_length
-    trained = trained_parameters(model, vocab_size, training.lora)
-    matrices = parameter_counts(model, vocab_size)["matrices"]
+    sequences = training.global_batch_size
+    trained = _trained_parameters(recipe, vocab_size)
+    matrices = network.counts["matrices"]
     optimizer = _resolve_optimizer(training, "cuda", has_bf16_units="bf16" in accelerator.flops)
     # `step_seconds` assumes `matmul_precision` for all FLOPs, but Muon in fp32 does not use tf32. One device updates each matrix.
     in_bf16 = _updates_in_bf16(optimizer)
     muon_factor = 1 if in_bf16 else accelerator.matmul_flops(matmul_precision) / accelerator.matmul_flops("fp32")
-    muon_flops = _muon_flops(recipe, optimizer) * muon_factor
+    muon_flops = _muon_flops(network.matrix_shapes, optimizer) * muon_factor
     factor = _recomputation_factor(training)
-    compiled_loss = 4 * micro_batch_size * model.context_length * vocab_size >= memory.FUSED_LOSS_FROM
-    elementwise = _elementwise_bytes(model, vocab_size, precision, compiled=compiled, compiled_loss=compiled_loss)
+    compiled_loss = 4 * micro_batch_size * network.targets * vocab_size >= memory.FUSED_LOSS_FROM
+    elementwise = network.elementwise_bytes(precision, compiled=compiled, compiled_loss=compiled_loss)
     device_seconds = accelerators.step_seconds(
         accelerator,
         devices,
         matmul_precision,
-        matmul_flops=factor * tokens * flops_per_token(model, vocab_size, training.lora) + muon_flops,
-        matmul_bytes=factor * tokens * accelerators.matmul_bytes(model, vocab_size, matmul_precision),
-        elementwise_bytes=factor * tokens * elementwise,
+        matmul_flops=factor * sequences * network.flops(training.lora) + muon_flops,
+        matmul_bytes=factor * sequences * network.matmul_bytes(matmul_precision),
+        elementwise_bytes=factor * sequences * elementwise,
         state_bytes=accelerators.state_bytes(trained, micro_batches, matmul_precision) + matrices * _muon_bytes(optimizer),
         gradient_bytes=4 * trained,
     ).total
-    launched = factor * micro_batches * cpu.kernels(model.n_layer, len(model.ngram_embeddings), precision, compiled=compiled)
+    launched = factor * micro_batches * network.kernels(precision, compiled=compiled)
     return max(device_seconds, launched * cpu.LAUNCH_SECONDS)
 
 
@@ -281,11 +303,10 @@ def _muon_bytes(optimizer: Optimizer) -> int:
     return (_ZOLOTAREV_BYTES if optimizer.orthogonalization == "zolotarev" else _NEWTON_SCHULZ_BYTES) - 28
 
 
-def _muon_flops(recipe: Recipe, optimizer: Optimizer) -> int:
+def _muon_flops(shapes: Counter[tuple[int, int]], optimizer: Optimizer) -> int:
     """Return the FLOPs of the orthogonalization. A Zolotarev function takes about as long as one Newton-Schulz iteration."""
     if not isinstance(optimizer, MuonOptimizer):
         return 0
-    shapes = memory.matrix_shapes(estimated(recipe.model))
     steps = 1 if optimizer.orthogonalization == "zolotarev" else optimizer.newton_schulz_steps
     return sum(count * cpu.newton_schulz_flops(*shape, steps) for shape, count in shapes.items())
 
@@ -293,14 +314,3 @@ def _muon_flops(recipe: Recipe, optimizer: Optimizer) -> int:
 def _updates_in_bf16(optimizer: Optimizer) -> bool:
     """Return whether Muon computes its updates in bf16."""
     return isinstance(optimizer, MuonOptimizer) and optimizer.computes_in_bf16
-
-
-def _elementwise_bytes(
-    model: DecoderSection, vocab_size: int, precision: ComputeDtype, *, compiled: bool, compiled_loss: bool = False
-) -> int:
-    """Return the bytes per token moved outside matrix products. `compiled` applies only to the blocks."""
-    stream = 2 if precision == "bf16" else 4
-    blocks = model.n_layer * accelerators.block_bytes(model, precision, compiled=compiled, stream_bytes=stream)
-    return blocks + accelerators.outside_block_bytes(
-        model, vocab_size, precision, compiled=False, stream_bytes=stream, compiled_loss=compiled_loss
-    )

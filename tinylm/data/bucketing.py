@@ -35,6 +35,12 @@ class BucketedOrder:
             indexes[chosen] = self._of_epoch(int(epoch))[within_epoch[chosen]]
         return indexes
 
+    def padded_lengths(self) -> np.ndarray:
+        """Return the mean number of positions of each side in the first epoch, including padding, (sides,)."""
+        batches = self._lengths[self._of_epoch(0)].reshape(-1, self._batch_size, self._lengths.shape[1])
+        mean: np.ndarray = batches.max(axis=1).mean(axis=0)
+        return mean
+
     def _of_epoch(self, epoch: int) -> np.ndarray:
         """Return the order of the examples in an epoch. This is thread-safe because the cached order is replaced atomically."""
         last = self._last

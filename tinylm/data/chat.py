@@ -24,11 +24,11 @@ from tinylm.data.training_text import TrainingText
 from tinylm.errors import InputError
 from tinylm.paths import atomic_file, atomic_write_text, cache_folder, cached_file
 from tinylm.recipe import Recipe
-from tinylm.recipe.chat import ChatSection, ConversationShare, ConversationSources, MixSection
+from tinylm.recipe.chat import ChatSection, ConversationShare, ConversationSources, MixSection, PreferencesSection
 from tinylm.recipe.mixture import MixtureShares
-from tinylm.recipe.schema import CausalLMObjective, DataSection, FileTokenizer, HeldoutShare
+from tinylm.recipe.schema import CausalLMObjective, DataSection, DataVariant, FileTokenizer, HeldoutShare
 from tinylm.reporting import Reporter
-from tinylm.text.conversations import ROLES, SYSTEM, Conversation, ConversationFormat, choose, read_conversations
+from tinylm.text.conversations import ROLES, SYSTEM, Conversation, ConversationFormat, Item, choose, read_conversations
 from tinylm.text.cutting import cut_into_pieces
 from tinylm.text.sources import Piece, describe
 from tinylm.tokenizer import Tokenizer
@@ -299,11 +299,12 @@ class PreparedChat(PreparedData):
     def encoder(self) -> ChatEncoder:
         return ChatEncoder(self.template, self.tokenizer)
 
-    def training_texts(self, data: ChatSection) -> list[TrainingText]:
+    def training_texts(self, data: DataVariant) -> list[TrainingText]:
         """Return the training texts: the conversations and the mixed-in text."""
-        texts = [TrainingText(data.train, sample_ngrams(self.train.shard), self.tokenizer)]
-        if data.mix is not None and self.mix is not None:
-            texts.append(TrainingText(data.mix.text, self.mix.ngrams, self.tokenizer))
+        sources = data.sources()
+        texts = [TrainingText(sources["train"], sample_ngrams(self.train.shard), self.tokenizer)]
+        if self.mix is not None:
+            texts.append(TrainingText(sources["mix"], self.mix.ngrams, self.tokenizer))
         return texts
 
     @property
@@ -319,26 +320,18 @@ class ChatFormat:
         data = recipe.data
         assert isinstance(data, ChatSection)
         parts = read_parts(data, reporter)
-        template = ChatTemplate()
-        tokenizer = add_control_tokens(load_or_train_tokenizer(parts, recipe.tokenizer, reporter), template).tokenizer
-        tokenizer.encoder.note = reporter.note
+        tokenizer = prepare_tokenizer(parts, recipe, reporter)
         mix = None if data.mix is None else _prepare_mix(data, data.mix, tokenizer, reporter, workers)
         mixed = () if mix is None else (mix.fingerprint,)
-        key = digest("chat", parts.fingerprint, tokenizer.fingerprint, template.to_json(), str(_CACHE_VERSION), *mixed)
-        folder = cache_folder("tokens", key)
-        encoder = ChatEncoder(template, tokenizer)
-        for part, conversations in reversed(parts.conversations.items()):
-            if not _is_complete(folder, part, tokenizer.vocab_size, reporter):
-                with reporter.progress(f"encoding {part}", parts.sizes(part)[1], "B") as advance:
-                    encode_conversations(folder, part, conversations, encoder, advance)
+        folder, key = encode_parts(data.format, parts, tokenizer, reporter, mixed)
         if mix is not None:
             atomic_write_text(folder / _MIX_FILE, json.dumps({"folder": str(mix.folder), "fingerprint": mix.fingerprint}) + "\n")
-        prepared = _open(folder, key, tokenizer)
+        prepared = open_chat(folder, key, tokenizer)
         _report_lengths(recipe, prepared, parts, reporter)
         return prepared
 
     def open(self, recipe: Recipe, folder: Path, fingerprint: str, tokenizer_json: str) -> PreparedChat:
-        return _open(folder, fingerprint, Tokenizer.from_text(tokenizer_json))
+        return open_chat(folder, fingerprint, Tokenizer.from_text(tokenizer_json))
 
     def dataset(self, recipe: Recipe, prepared: PreparedChat) -> Dataset:
         data = recipe.data
@@ -361,7 +354,29 @@ def _packed(recipe: Recipe, prepared: PreparedChat) -> PackedConversations:
     )
 
 
-def _open(folder: Path, key: str, tokenizer: Tokenizer) -> PreparedChat:
+def prepare_tokenizer(parts: ConversationParts, recipe: Recipe, reporter: Reporter) -> Tokenizer:
+    """Train or load the tokenizer, and add the control tokens of the chat template."""
+    tokenizer = add_control_tokens(load_or_train_tokenizer(parts, recipe.tokenizer, reporter), ChatTemplate()).tokenizer
+    tokenizer.encoder.note = reporter.note
+    return tokenizer
+
+
+def encode_parts(
+    kind: str, parts: ConversationParts, tokenizer: Tokenizer, reporter: Reporter, mixed: Sequence[str] = ()
+) -> tuple[Path, str]:
+    """Encode the conversations in all splits unless the cache contains them. Return the cache folder and the fingerprint."""
+    template = ChatTemplate()
+    key = digest(kind, parts.fingerprint, tokenizer.fingerprint, template.to_json(), str(_CACHE_VERSION), *mixed)
+    folder, encoder = cache_folder("tokens", key), ChatEncoder(template, tokenizer)
+    for part, conversations in reversed(parts.conversations.items()):
+        if not _is_complete(folder, part, tokenizer.vocab_size, reporter):
+            with reporter.progress(f"encoding {part}", parts.sizes(part)[1], "B") as advance:
+                encode_conversations(folder, part, conversations, encoder, advance)
+    return folder, key
+
+
+def open_chat(folder: Path, key: str, tokenizer: Tokenizer) -> PreparedChat:
+    """Open the conversations that `encode_parts` encoded."""
     opened = partial(open_conversations, folder, vocab_size=tokenizer.vocab_size)
     test = opened("test") if (folder / turns_file("test")).exists() else None
     mix = None
@@ -418,27 +433,34 @@ class ConversationParts:
 
 def read_parts(data: ChatSection, reporter: Reporter) -> ConversationParts:
     """Read and split the conversations, and report how many there are. Raises `InputError` if a split is empty."""
-    sections = {"heldout": data.heldout, "test": data.test}
+    return ConversationParts(read_splits(data, partial(_read, data), "conversation", reporter))
+
+
+def read_splits(
+    data: ChatSection | PreferencesSection, read: Callable[[Sequence[str]], list[Item]], name: str, reporter: Reporter
+) -> dict[str, list[Item]]:
+    """Read and split conversations or preferences, which messages call `name`. Raises `InputError` if a split is empty."""
+    sections = {"heldout": data.heldout, "test": data.test if isinstance(data, ChatSection) else None}
     shares = {part: section.share for part, section in sections.items() if isinstance(section, ConversationShare)}
-    parts = choose(_read(data, data.train), shares)
+    parts = choose(read(data.train), shares)
     for part, section in sections.items():
         if isinstance(section, ConversationSources):
-            parts[part] = _read(data, section.sources)
+            parts[part] = read(section.sources)
     ordered = {part: parts[part] for part in _PURPOSES if part in parts}
     for part, items in ordered.items():
         if not items:
-            problem = f"the split leaves no {PART_ADJECTIVES[part]} conversations"
-            raise InputError(problem, where=f"data.{part}", hint="use more conversations or a different share")
-    sizes = [f"{_count(len(items), 'conversation')} {_PURPOSES[part]}" for part, items in ordered.items()]
-    reporter.note(f"chat: {', '.join(sizes)}")
+            problem = f"the split leaves no {PART_ADJECTIVES[part]} {name}s"
+            raise InputError(problem, where=f"data.{part}", hint=f"use more {name}s or a different share")
+    sizes = [f"{counted(len(items), name)} {_PURPOSES[part]}" for part, items in ordered.items()]
+    reporter.note(f"{data.format}: {', '.join(sizes)}")
     trained = {item.key for item in ordered["train"]}
     for part, items in list(ordered.items())[1:]:
         if repeated := sum(item.key in trained for item in items):
             reporter.warn(
-                f"{repeated:,} of {_count(len(items), f'{PART_ADJECTIVES[part]} conversation')} also occur in the training data, "
+                f"{repeated:,} of {counted(len(items), f'{PART_ADJECTIVES[part]} {name}')} also occur in the training data, "
                 "so the scores will be too optimistic"
             )
-    return ConversationParts(ordered)
+    return ordered
 
 
 _PURPOSES = {"train": "for training", "heldout": "held out", "test": "for testing"}
@@ -458,25 +480,27 @@ def _report_lengths(recipe: Recipe, prepared: PreparedChat, parts: ConversationP
     """Report the number of sequences, the number of training targets, and the conversations that do not fit into the context."""
     packed, places = _packed(recipe, prepared), [item.where for item in parts.conversations["train"]]
     reporter.note(
-        f"{_count(len(packed.rows), 'sequence')} of up to {recipe.model.context_length} tokens; "
+        f"{counted(len(packed.rows), 'sequence')} of up to {recipe.model.context_length} tokens; "
         f"{packed.learned:,} of {packed.tokens:,} tokens are training targets ({packed.learned / packed.tokens:.0%})"
     )
     if packed.cut:
         reporter.note(
-            f"dropped the beginning of {_count(len(packed.cut), 'conversation')} longer than the context "
-            f"({_places(packed.cut, places)})"
+            f"dropped the beginning of {counted(len(packed.cut), 'conversation')} longer than the context "
+            f"({listed_places(packed.cut, places)})"
         )
     if packed.skipped:
         reporter.warn(
-            f"skipped {_count(len(packed.skipped), 'conversation')} whose last answer is longer than the context "
-            f"({_places(packed.skipped, places)})"
+            f"skipped {counted(len(packed.skipped), 'conversation')} whose last answer is longer than the context "
+            f"({listed_places(packed.skipped, places)})"
         )
 
 
-def _places(indexes: Sequence[int], places: Sequence[str]) -> str:
+def listed_places(indexes: Sequence[int], places: Sequence[str]) -> str:
+    """Return the locations of the first few of these conversations."""
     shown = ", ".join(places[index] for index in indexes[:_MAX_NAMED])
     return shown if len(indexes) <= _MAX_NAMED else f"{shown} and {len(indexes) - _MAX_NAMED} more"
 
 
-def _count(number: int, name: str) -> str:
+def counted(number: int, name: str) -> str:
+    """Return a number with the singular or plural of a name."""
     return f"{number:,} {name}{'' if number == 1 else 's'}"

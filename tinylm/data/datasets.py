@@ -6,10 +6,11 @@ A position is the number of examples that all processes have read since the star
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from tinylm.cost.examples import ExampleSize
 from tinylm.data.batch import IGNORE_INDEX
 from tinylm.data.order import epoch_key, permute
 from tinylm.data.shards import Shard
@@ -38,6 +39,19 @@ class Dataset(Protocol):
     def examples(self, start: int, count: int) -> Examples:
         """Return the examples at positions [start, start + count)."""
         ...
+
+
+@runtime_checkable
+class PaddedDataset(Dataset, Protocol):
+    """A dataset whose examples differ in length."""
+
+    @property
+    def example_size(self) -> ExampleSize: ...
+
+
+def example_size(dataset: Dataset) -> ExampleSize | None:
+    """Return the size of the examples, or None if they all have the same length."""
+    return dataset.example_size if isinstance(dataset, PaddedDataset) else None
 
 
 def build(data: DataSection, shard: Shard, model: ModelVariant, seed: int) -> Dataset:

@@ -1,21 +1,33 @@
-"""Count the tokens in a recipe's text, or estimate them from a sample if the text is large. This module does not import torch."""
+"""Count the tokens in a recipe's data, or estimate them from a sample if the data is large. This module does not import torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 
-from tinylm.data import prepared_folder
+import numpy as np
+
+from tinylm.cost.examples import ExampleSize
+from tinylm.data import formats, labels, pairs, prepared_folder
+from tinylm.data.bucketing import BucketedOrder
 from tinylm.data.chat import read_parts
-from tinylm.data.prepare import load_or_train_tokenizer, prepare, prepare_text
+from tinylm.data.datasets import example_size
+from tinylm.data.framing import with_control_tokens
+from tinylm.data.labels import LabeledParts
+from tinylm.data.prepare import load_or_train_tokenizer, load_tokenizer_file, prepare, prepare_text
 from tinylm.data.split_text import SplitText, open_text
+from tinylm.recipe import Recipe
 from tinylm.recipe.chat import ChatSection
-from tinylm.recipe.schema import DataVariant, TokenizerSection, VocabularyTokenizer, require_text
-from tinylm.reporting import Reporter
+from tinylm.recipe.labels import LabelsSection
+from tinylm.recipe.pairs import PairsSection
+from tinylm.recipe.schema import DataVariant, FileTokenizer, TokenizerSection, VocabularyTokenizer, require_text
+from tinylm.reporting import SILENT, Reporter
+from tinylm.text.cutting import cut_into_pieces
+from tinylm.text.pairs import SentencePair
 from tinylm.text.sources import Piece
-from tinylm.tokenizer import training
+from tinylm.tokenizer import Tokenizer, training
 from tinylm.tokenizer.chat_template import ChatEncoder, ChatTemplate, add_control_tokens
 
 EXACT_LIMIT_BYTES = 16 << 20
@@ -34,6 +46,108 @@ class TextSize:
     """False if the token counts are estimates."""
     source_tokens: tuple[int, ...] = ()
     """The number of training tokens of each source of a mixture."""
+
+
+@dataclass(frozen=True)
+class DataSize:
+    """The size of a recipe's data."""
+
+    recipe: Recipe
+    """The recipe with the values that are filled in from the data, such as `objective.labels`."""
+    tokens: TextSize
+    """The sizes in tokens. For labeled texts and sentence pairs, they include control tokens and both sides."""
+    example: ExampleSize | None = None
+    """The size of a training example, or None if the examples are windows of a text."""
+
+
+def estimate_data_size(recipe: Recipe, reporter: Reporter) -> DataSize:
+    """Count the tokens in a recipe's data. A small amount is encoded and cached for training. Otherwise, the counts are estimates.
+
+    Raises `InputError` in the same cases as the preparation for training.
+    """
+    data = recipe.data
+    if isinstance(data, LabelsSection):
+        texts = labels.read_parts(data, SILENT)
+        if texts.train_bytes > EXACT_LIMIT_BYTES:
+            return _estimate_labels(recipe, texts, reporter)
+    elif isinstance(data, PairsSection):
+        sentences = pairs.read_parts(data, SILENT)
+        if sum(len(pair.source) + len(pair.target) for pair in sentences["train"]) > EXACT_LIMIT_BYTES:
+            return _estimate_pairs(recipe, data, sentences, reporter)
+    else:
+        return DataSize(recipe, estimate_text_size(data, with_control_tokens(recipe.tokenizer, recipe.model), reporter))
+    data_format = formats.find(data)
+    prepared = data_format.prepare(recipe, reporter, 1)
+    dataset = data_format.dataset(recipe, prepared)
+    size = example_size(dataset)
+    assert size is not None
+    train, heldout = round(dataset.examples_per_epoch * size.tokens), round(len(prepared.heldout) * size.tokens)
+    return DataSize(prepared.fill_in(recipe), TextSize(prepared.tokenizer.vocab_size, train, heldout, exact=True), size)
+
+
+def _estimate_labels(recipe: Recipe, parts: LabeledParts, reporter: Reporter) -> DataSize:
+    """Estimate the size of labeled texts from evenly spaced texts."""
+    texts = parts.texts["train"]
+    sample = [item.text for item in texts[:: _sample_step(sum(len(item.text) for item in texts))]]
+    tokenizer = _sample_tokenizer(with_control_tokens(recipe.tokenizer, recipe.model), sample, reporter)
+    lengths = np.minimum(_lengths(tokenizer, sample), recipe.model.context_length - 2)[:, None] + 2
+    found = tuple(sorted({item.label for item in texts}))
+    objective = recipe.objective.model_copy(update={"labels": found})
+    return _from_lengths(
+        recipe.model_copy(update={"objective": objective}), lengths, tokenizer, len(texts), len(parts.texts["heldout"])
+    )
+
+
+def _estimate_pairs(recipe: Recipe, data: PairsSection, parts: dict[str, list[SentencePair]], reporter: Reporter) -> DataSize:
+    """Estimate the size of sentence pairs from evenly spaced pairs. Pairs that are longer than the context are not counted."""
+    train = parts["train"]
+    step = _sample_step(sum(len(pair.source) + len(pair.target) for pair in train))
+    sources, targets = [pair.source for pair in train[::step]], [pair.target for pair in train[::step]]
+    section = pairs.with_language_tokens(recipe.tokenizer, parts, data)
+    separate = data.vocabulary == "separate"
+    tokenizer = _sample_tokenizer(section, targets if separate else [*sources, *targets], reporter)
+    source_tokenizer = _sample_tokenizer(section, sources, reporter) if separate else tokenizer
+    # The end-of-text token follows each sentence, and the language token precedes a source sentence.
+    source_lengths = _lengths(source_tokenizer, sources) + (1 if data.language is None else 2)
+    lengths = np.stack((_lengths(tokenizer, targets) + 1, source_lengths), axis=1)
+    fitting = lengths.max(axis=1) <= recipe.model.context_length
+    if separate:
+        objective = recipe.objective.model_copy(update={"source_vocab_size": source_tokenizer.vocab_size})
+        recipe = recipe.model_copy(update={"objective": objective})
+    count = round(len(train) * float(fitting.mean()))
+    return _from_lengths(recipe, lengths[fitting], tokenizer, count, len(parts["heldout"]))
+
+
+def _from_lengths(recipe: Recipe, lengths: np.ndarray, tokenizer: Tokenizer, train: int, heldout: int) -> DataSize:
+    """Return the size of `train` and `heldout` examples, from the lengths (examples, sides) of a sample."""
+    tokens = float(lengths.sum(axis=1).mean())
+    padded = BucketedOrder(lengths, recipe.training.global_batch_size, recipe.seed).padded_lengths()
+    sides = [(float(mean), int(longest)) for mean, longest in zip(padded, lengths.max(axis=0), strict=True)]
+    size = ExampleSize(tokens, *sides[0], *(sides[1] if len(sides) > 1 else ()))
+    return DataSize(recipe, TextSize(tokenizer.vocab_size, round(train * tokens), round(heldout * tokens), exact=False), size)
+
+
+def _sample_step(characters: int) -> int:
+    """Return n such that every n-th example has about `SAMPLE_CHARACTERS` characters in total."""
+    return max(1, characters // SAMPLE_CHARACTERS)
+
+
+def _sample_tokenizer(section: TokenizerSection, texts: Sequence[str], reporter: Reporter) -> Tokenizer:
+    """Load a tokenizer from a file, or train it on the texts."""
+    if isinstance(section, FileTokenizer):
+        return load_tokenizer_file(section)
+    return training.train(_allow_smaller(section), _pieces(texts), reporter.warn)
+
+
+def _pieces(texts: Iterable[str]) -> Iterator[Piece]:
+    for text in texts:
+        for number, part in enumerate(cut_into_pieces([text])):
+            yield Piece(part, number == 0)
+
+
+def _lengths(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
+    """Return the number of tokens in each text, (texts,)."""
+    return np.array([sum(len(ids) for ids, _ in tokenizer.encode_pieces(_pieces([text]))) for text in texts])
 
 
 def estimate_text_size(data: DataVariant, tokenizer: TokenizerSection, reporter: Reporter) -> TextSize:

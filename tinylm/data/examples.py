@@ -9,6 +9,8 @@ from itertools import groupby, pairwise
 import numpy as np
 
 from tinylm.data.datasets import Examples
+from tinylm.data.framing import PADDING
+from tinylm.data.preferences import ANSWER
 from tinylm.tokenizer import Tokenizer
 
 
@@ -28,6 +30,8 @@ class ShownExample:
     segments: list[list[Part]]
     padding: int
     """Number of padding positions."""
+    labels: tuple[str, ...] = ()
+    """The name of each segment, or empty if the segments have no names."""
 
     @property
     def tokens(self) -> int:
@@ -52,6 +56,17 @@ def shown_examples(examples: Examples, tokenizer: Tokenizer) -> Iterator[ShownEx
         yield ShownExample(runs, tokens.shape[1] - 1 - count if count < tokens.shape[1] else 0)
 
 
+def shown_preferences(examples: Examples, tokenizer: Tokenizer) -> Iterator[ShownExample]:
+    """Convert pairs of conversations to text. The training targets are the tokens of the two answers."""
+    for tokens, segments in zip(examples["tokens"], examples["segments"], strict=True):
+        sides = zip(tokens.reshape(2, -1).tolist(), segments.reshape(2, -1).tolist(), strict=True)
+        parts = [
+            _parts([(id, segment == ANSWER) for id, segment in zip(*side, strict=True) if segment != PADDING], tokenizer)
+            for side in sides
+        ]
+        yield ShownExample(parts, int((segments == PADDING).sum()), ("chosen", "rejected"))
+
+
 def _spans(segments: np.ndarray) -> Iterator[tuple[int, int]]:
     """Yield the start and end of each run of positions with the same segment number."""
     edges = np.flatnonzero(np.diff(segments)) + 1
@@ -71,8 +86,13 @@ def _segment(tokens: np.ndarray, targets: np.ndarray, start: int, end: int, toke
         else:
             break
         learned.append(target >= 0)
+    return _parts(list(zip(ids, learned, strict=True)), tokenizer)
+
+
+def _parts(tokens: list[tuple[int, bool]], tokenizer: Tokenizer) -> list[Part]:
+    """Group consecutive tokens that are all training targets or all context."""
     parts = []
-    for flag, members in groupby(zip(ids, learned, strict=True), key=lambda pair: pair[1]):
+    for flag, members in groupby(tokens, key=lambda pair: pair[1]):
         group = [id for id, _ in members]
         parts.append(Part(_text(group, tokenizer), flag, len(group)))
     return parts

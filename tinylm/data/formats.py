@@ -14,9 +14,10 @@ from tinylm.data.datasets import Dataset
 from tinylm.data.framing import with_control_tokens
 from tinylm.data.labels import LabelsFormat
 from tinylm.data.pairs import PairsFormat
+from tinylm.data.preferences import PreferencesFormat
 from tinylm.data.prepare import PreparedText, open_prepared, prepare
 from tinylm.recipe import Recipe
-from tinylm.recipe.chat import ChatSection
+from tinylm.recipe.chat import ChatSection, PreferencesSection
 from tinylm.recipe.encoder import MaskedLMObjective
 from tinylm.recipe.labels import LabelsSection
 from tinylm.recipe.pairs import PairsSection
@@ -66,6 +67,7 @@ _FORMATS: dict[type[DataVariant], DataFormat] = {
     LabelsSection: LabelsFormat(),
     PairsSection: PairsFormat(),
     ChatSection: ChatFormat(),
+    PreferencesSection: PreferencesFormat(),
 }
 
 

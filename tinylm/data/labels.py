@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tinylm.cost.examples import ExampleSize
 from tinylm.data.bucketing import BucketedOrder
 from tinylm.data.datasets import Examples
 from tinylm.data.framing import Framing, with_control_tokens
@@ -324,6 +325,8 @@ class LabeledDocuments:
         self._order = BucketedOrder(lengths[:, None], batch_size, seed)
         self.examples_per_epoch = self._order.examples_per_epoch
         self.tokens_per_example = float(lengths.mean())
+        (length,) = self._order.padded_lengths()
+        self.example_size = ExampleSize(self.tokens_per_example, float(length), int(lengths.max()))
 
     def examples(self, start: int, count: int) -> Examples:
         """Return the texts at positions [start, start + count)."""

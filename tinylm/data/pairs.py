@@ -98,7 +98,7 @@ class PairsFormat:
         data = recipe.data
         assert isinstance(data, PairsSection)
         parts = read_parts(data, reporter)
-        section = _with_language_tokens(recipe.tokenizer, parts, data)
+        section = with_language_tokens(recipe.tokenizer, parts, data)
         separate = data.vocabulary == "separate"
         tokenizer = load_or_train_tokenizer(_Texts(parts, ("target",) if separate else _SIDES), section, reporter)
         source_tokenizer = load_or_train_tokenizer(_Texts(parts, ("source",)), section, reporter) if separate else tokenizer
@@ -250,7 +250,7 @@ def _count_overlap(parts: dict[str, list[SentencePair]], data: PairsSection, rep
             reporter.warn(f"{seen}, so the scores will be too optimistic")
 
 
-def _with_language_tokens(
+def with_language_tokens(
     section: TokenizerSection, parts: Mapping[str, Sequence[SentencePair]], data: PairsSection
 ) -> TokenizerSection:
     """Add a control token for each target language to the section of a tokenizer that has not been trained yet."""

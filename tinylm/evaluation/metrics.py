@@ -75,9 +75,23 @@ MASKED_ACCURACY = Metric("masked_accuracy", "masked accuracy", "", lower_is_bett
 LABEL_LOSS = Metric("label_loss", "label loss", "nats per text", lower_is_better=True, format=".4f")
 ACCURACY = Metric("accuracy", "accuracy", "", lower_is_better=False, format=".2%")
 MACRO_F1 = Metric("macro_f1", "macro F1", "", lower_is_better=False, format=".4f")
+PREFERENCE_LOSS = Metric("preference_loss", "preference loss", "nats per pair", lower_is_better=True, format=".4f")
+REWARD_MARGIN = Metric("reward_margin", "reward margin", "", lower_is_better=False, format=".4f")
 BLEU = Metric("bleu", "BLEU", "", lower_is_better=False, format=".2f")
 
-_ALL = (LOSS, BITS_PER_BYTE, PERPLEXITY, MASKED_LOSS, MASKED_ACCURACY, LABEL_LOSS, ACCURACY, MACRO_F1, BLEU)
+_ALL = (
+    LOSS,
+    BITS_PER_BYTE,
+    PERPLEXITY,
+    MASKED_LOSS,
+    MASKED_ACCURACY,
+    LABEL_LOSS,
+    ACCURACY,
+    MACRO_F1,
+    BLEU,
+    PREFERENCE_LOSS,
+    REWARD_MARGIN,
+)
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 """All metrics by name. Everything that displays metrics uses these labels, directions and formats."""
 
@@ -91,6 +105,9 @@ TRANSLATION_BY_BLEU = (BLEU, LOSS)
 """The metrics of translation models if BLEU selects the best checkpoint."""
 CLASSIFIER = (ACCURACY, LABEL_LOSS, MACRO_F1)
 """The metrics of classifiers."""
+PREFERENCE = (PREFERENCE_LOSS, ACCURACY, REWARD_MARGIN)
+"""The metrics of models that are trained on preferences. The accuracy is the share of pairs whose chosen answer has the larger
+reward."""
 
 
 @dataclass(frozen=True)

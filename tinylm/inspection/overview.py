@@ -25,6 +25,7 @@ from tinylm.inspection.input import InspectOptions, ModelInput, read_input
 from tinylm.inspection.lens import LensGuesses, label_guesses, lens_guesses
 from tinylm.model.classifier import SequenceClassifier
 from tinylm.model.sequence_to_sequence import START
+from tinylm.recipe.chat import DPOObjective
 from tinylm.recipe.schema import CausalLMObjective
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Checkpoint, Run
@@ -229,7 +230,7 @@ def inspect_text(
     losses = token_losses_of(forward, truth)
     if forward.task == "classification":
         missing["loss"] = "a classifier predicts a label, not tokens"
-    elif forward.task == "causal_lm" and not isinstance(run.recipe.objective, CausalLMObjective):
+    elif forward.task == "causal_lm" and not isinstance(run.recipe.objective, CausalLMObjective | DPOObjective):
         missing["loss"] = f"a model trained with the {run.recipe.objective.name} objective does not predict the next token"
         losses = [None] * len(losses)
     targets = _targets(run, forward, truth, position, options.target)

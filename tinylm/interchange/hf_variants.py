@@ -1,8 +1,8 @@
-"""Import models of further transformers architectures: GPT-NeoX (Pythia), GPT-Neo (TinyStories), SmolLM3, OLMo 2, Gemma and Phi-3.
+"""Import models of further transformers architectures: GPT-NeoX (Pythia), GPT-Neo (TinyStories), SmolLM3, OLMo 2, Gemma, Phi.
 
 Each model is converted to a decoder that computes the same logits. Differences that the `model:` section cannot express are folded
 into the weights. GPT-Neo does not scale attention scores by 1 / sqrt(D). Gemma scales them by a different factor and adds 1 to norm
-gains. GPT-NeoX and Phi-3 rotate only the first dimensions of a head, which are reordered into pairs (i, i + D/2).
+gains. GPT-NeoX and Phi rotate only the first dimensions of a head, which are reordered into pairs (i, i + D/2).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tinylm.recipe.schema import DecoderSection
 from tinylm.recipe.values import show
 
 PopTensor = Callable[..., Tensor]
-CONVERTED = ("gpt_neox", "gpt_neo")
+CONVERTED = ("gpt_neox", "gpt_neo", "phi")
 """Values of `model_type` that `convert` supports. The other architectures use Llama's tensor names, except for norms."""
 
 _ACTIVATIONS = {"gelu_new": "gelu", "gelu_fast": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact", "relu": "relu"}
@@ -28,6 +28,7 @@ _GEMMA_ACTIVATION = "gelu_pytorch_tanh"
 REQUIRED_SETTINGS: dict[str, dict[str, Any]] = {
     "gpt_neox": {"quantization_config": None},
     "gpt_neo": {"quantization_config": None},
+    "phi": {"qk_layernorm": False, "quantization_config": None},
     "phi3": {"hidden_act": "silu", "quantization_config": None},
     "gemma": {"attention_bias": False, "quantization_config": None},
     "gemma2": {"hidden_activation": _GEMMA_ACTIVATION, "attention_bias": False, "quantization_config": None},
@@ -63,6 +64,7 @@ def section_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     functions = {
         "gpt_neox": _gpt_neox,
         "gpt_neo": _gpt_neo,
+        "phi": _phi,
         "smollm3": _smollm3,
         "olmo2": _olmo2,
         "gemma": _gemma1,
@@ -115,6 +117,25 @@ def _gpt_neo(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
+def _phi(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    return {
+        "preset": "gpt2",
+        "n_layer": config["num_hidden_layers"],
+        "n_head": config["num_attention_heads"],
+        "n_kv_head": config.get("num_key_value_heads"),
+        "n_embd": config["hidden_size"],
+        "n_inner": config["intermediate_size"],
+        "context_length": config.get("max_position_embeddings", 2048),
+        "norm_eps": config.get("layer_norm_eps", 1e-5),
+        "position": "rope",
+        **import_rope({"partial_rotary_factor": 0.5, **config}, where),
+        "feed_forward": _activation(config.get("hidden_act", "gelu_new"), where),
+        "parallel_residual": True,
+        "head_bias": True,
+        "tie_embeddings": config.get("tie_word_embeddings", False),
+    }
+
+
 def _smollm3(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     layers, interval = config["num_hidden_layers"], config.get("no_rope_layer_interval", 4)
     flags = config.get("no_rope_layers") or [(layer + 1) % interval != 0 for layer in range(layers)]  # true means with RoPE
@@ -127,7 +148,10 @@ def _olmo2(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _gemma1(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     activation = config.get("hidden_activation") or config.get("hidden_act", _GEMMA_ACTIVATION)
-    if activation not in (_GEMMA_ACTIVATION, "gelu"):  # transformers computes "gelu" with the same approximation in this architecture
+    if activation not in (
+        _GEMMA_ACTIVATION,
+        "gelu",
+    ):  # transformers computes "gelu" with the same approximation in this architecture
         raise InputError(f"activation {show(activation)} is not supported", where=where)
     return {
         "feed_forward": "geglu",
@@ -197,7 +221,10 @@ def adjust(state: dict[str, Tensor], model: DecoderSection, kind: str, scalar: f
 def _reorder_heads(weight: Tensor, model: DecoderSection) -> Tensor:
     """Apply `_rotary_order` to the rows of queries and keys."""
     order, width = _rotary_order(model), model.head_width
-    queries, keys, values = weight.split([model.n_head * width, *[model.kv_heads * width] * 2])
+    rows = [model.n_head * width, model.kv_heads * width, model.kv_heads * width]
+    if weight.shape[0] != sum(rows):
+        return weight  # missing or of the wrong shape; the caller reports the error
+    queries, keys, values = weight.split(rows)
     parts = [part.view(-1, width, *part.shape[1:])[:, order].flatten(0, 1) for part in (queries, keys)]
     return torch.cat((*parts, values))
 
@@ -232,8 +259,8 @@ def _scale_queries(weight: Tensor, scale: float, rows: int) -> Tensor:
 
 
 def convert(pop: PopTensor, model: DecoderSection, kind: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield a network's tensors, converted from the GPT-NeoX or GPT-Neo tensors that `pop` returns."""
-    return _from_gpt_neox(pop, model) if kind == "gpt_neox" else _from_gpt_neo(pop, model)
+    """Yield a network's tensors, converted from the tensors that `pop` returns. `kind` is in `CONVERTED`."""
+    return {"gpt_neox": _from_gpt_neox, "gpt_neo": _from_gpt_neo, "phi": _from_phi}[kind](pop, model)
 
 
 def _from_gpt_neox(pop: PopTensor, model: DecoderSection) -> Iterator[tuple[str, Tensor]]:
@@ -298,3 +325,28 @@ def _from_gpt_neo(pop: PopTensor, model: DecoderSection) -> Iterator[tuple[str, 
         parts = [pop(f"{theirs}.attn.attention.{name}_proj.weight") for name in ("q", "k", "v")]
         yield f"{ours}.attention.qkv.weight", _scale_queries(torch.cat(parts), math.sqrt(model.head_width), width)
         yield f"{ours}.attention.qkv.bias", torch.zeros(3 * width)
+
+
+_PHI_BLOCK_NAMES = {
+    "attention_norm": "input_layernorm",
+    "attention.output": "self_attn.dense",
+    "feed_forward.input": "mlp.fc1",
+    "feed_forward.output": "mlp.fc2",
+}
+
+
+def _from_phi(pop: PopTensor, model: DecoderSection) -> Iterator[tuple[str, Tensor]]:
+    """Phi's attention and feed-forward layers share a norm, which becomes two equal norms."""
+    yield "embedding.weight", pop("model.embed_tokens.weight")
+    for part in ("weight", "bias"):
+        yield f"final_norm.{part}", pop(f"model.final_layernorm.{part}")
+        if not (part == "weight" and model.tie_embeddings):
+            yield f"head.{part}", pop(f"lm_head.{part}")
+    for layer in range(model.n_layer):
+        ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
+        for part in ("weight", "bias"):
+            tensors = {our_name: pop(f"{theirs}.{their_name}.{part}") for our_name, their_name in _PHI_BLOCK_NAMES.items()}
+            tensors["feed_forward_norm"] = tensors["attention_norm"].clone()
+            projections = [pop(f"{theirs}.self_attn.{name}_proj.{part}") for name in ("q", "k", "v")]
+            tensors["attention.qkv"] = _reorder_heads(torch.cat(projections), model)
+            yield from ((f"{ours}.{name}.{part}", tensor) for name, tensor in tensors.items())

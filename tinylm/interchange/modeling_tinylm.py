@@ -48,6 +48,7 @@ DEFAULTS = {
     "rotary_scaling": None,
     "feed_forward": "relu2",
     "bias": False,
+    "head_bias": False,
     "qk_norm": True,
     "qk_norm_joint": False,
     "qk_gain": True,
@@ -500,7 +501,7 @@ class TinylmForCausalLM(TinylmModel, GenerationMixin):
     accepts_loss_kwargs = True
 
     def _add_head(self, config):
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
 
     def get_output_embeddings(self):
         return self.head

@@ -49,6 +49,7 @@ SUPPORTS: Supports = {
     "rope_theta_local": ANY,
     "rope_pattern": lambda model: {*model.rope_pattern} <= {"rope", "none"},
     "embedding_scale": ANY,
+    "head_bias": ANY,
 }
 """The values of `model:` keys that decoding with a KV cache supports. A `FullPassDecoder` decodes all other networks."""
 TensorFunction = Callable[[Tensor], Tensor]

@@ -107,8 +107,5 @@ class Encoder(Transformer):
     def _transformed(self, hidden: Tensor) -> Tensor:
         return hidden if self.head_transform is None else self.head_transform(hidden)
 
-    def vocabulary_weights(self) -> frozenset[str]:
-        return super().vocabulary_weights() | {name for name, _ in self.named_parameters() if name == "head.bias"}
-
     def head_weights(self) -> frozenset[str]:
         return frozenset(name for name in self.state_dict() if name.startswith(("head.", "head_transform.")))

@@ -26,8 +26,8 @@ from tinylm.recipe.schema import ModelVariant, TransformerSection
 
 _ENCODED_TOKENS = 512
 """Number of source tokens, including padding, that are encoded together."""
-_INITIAL_STEPS = 16
-"""Number of decoding steps for which memory is allocated at first."""
+_INITIAL_POSITIONS = 64
+"""Number of positions per sentence for which the cache has room at first."""
 
 
 class EncoderStack(Encoder):
@@ -109,8 +109,8 @@ class EncoderDecoder(SequenceToSequence):
     def logits(self, hidden: Tensor) -> Tensor:
         return self.decoder.logits(hidden)
 
-    def target_state(self, sources: Sequence[Tensor], length: int, rows_per_source: int) -> _TargetState:
-        return _TargetState(self, sources, length, rows_per_source)
+    def target_state(self, sources: Sequence[Tensor], length: int) -> _TargetState:
+        return _TargetState(self, sources, length)
 
     def attention_weights(self, source: Tensor, tokens: Tensor) -> Tensor:
         """Return the weights of the last decoder block's cross-attention."""
@@ -195,13 +195,13 @@ class _TargetState:
     All rows of a sentence attend to the same stored keys and values.
     """
 
-    def __init__(self, network: EncoderDecoder, sources: Sequence[Tensor], length: int, rows_per_source: int) -> None:
+    def __init__(self, network: EncoderDecoder, sources: Sequence[Tensor], length: int) -> None:
         self._network = network
-        self._memory = self._encode(sources, length, rows_per_source)
-        self._cache = _BeamCache(network.model.decoder_layers, len(sources), rows_per_source, network.device)
+        self._mask, self._keys_values = self._encode(sources, length)
+        self._cache = _BeamCache(network.model.decoder_layers, len(sources), network.device)
 
-    def _encode(self, sources: Sequence[Tensor], length: int, rows_per_source: int) -> Memory:
-        """Encode padded sentences. Return their keys and values (sentences, S, K, D) and their mask."""
+    def _encode(self, sources: Sequence[Tensor], length: int) -> tuple[Tensor, list[list[Tensor]]]:
+        """Encode padded sentences. Return their mask (N, 1, 1, S), and the keys and values (N, S, K, D) for each decoder block."""
         length = min(length, self._network.model.context_length)
         unit = ROW_MULTIPLE // math.gcd(length, ROW_MULTIPLE)  # sentences are encoded in multiples of this number
         ids = torch.zeros(-(-len(sources) // unit) * unit, length, dtype=torch.long, device=self._network.device)
@@ -212,63 +212,62 @@ class _TargetState:
         chunks = zip(ids.split(size), segments.split(size), strict=True)
         encoded = [self._network.memory_keys_values(self._network.encode(*chunk)) for chunk in chunks]
         layers = [[torch.cat(parts)[: len(sources)] for parts in zip(*layer, strict=True)] for layer in zip(*encoded, strict=True)]
-        mask = (segments[: len(sources)] >= 0)[:, None, None].repeat(1, 1, rows_per_source, 1)  # (sentences, 1, G, S)
-        return Memory(None, mask, tuple((keys, values) for keys, values in layers))
+        return (segments[: len(sources)] >= 0)[:, None, None], layers
 
     def keep_sources(self, sources: Sequence[int]) -> None:
-        assert self._memory.keys_values is not None
-        assert self._memory.mask is not None
-        kept = tuple((_kept(keys, sources), _kept(values, sources)) for keys, values in self._memory.keys_values)
-        self._memory = Memory(None, _kept(self._memory.mask, sources), kept)
+        self._mask = _kept(self._mask, sources)
+        self._keys_values = [[_kept(stored, sources) for stored in layer] for layer in self._keys_values]
         self._cache.keep(sources)
 
-    def select_rows(self, rows: Tensor) -> None:
-        self._cache.select(rows)
+    def select_rows(self, rows: Tensor, rows_per_source: int) -> None:
+        self._cache.select(rows, rows_per_source)
 
     def step(self, tokens: Tensor) -> Tensor:
         cache, decoder = self._cache, self._network.decoder
-        hidden = decoder.hidden(tokens[:, None], cache, memory=self._memory, mask=cache.begin_step())  # type: ignore[arg-type]
+        mask = self._mask.expand(-1, -1, cache.rows_per_source, -1)
+        memory = Memory(None, mask, tuple((keys, values) for keys, values in self._keys_values))
+        hidden = decoder.hidden(tokens[:, None], cache, memory=memory, mask=cache.begin_step())  # type: ignore[arg-type]
         return self._network.logits(hidden[:, -1])
 
 
 class _BeamCache:
     """The key/value cache that `Transformer.hidden` uses, for sentences with `G` rows each.
 
-    Rows are never copied. In every step, a sentence stores the keys and values of its G rows, and a mask contains the positions that
-    belong to each row and to the rows that it continues. So the stored keys and values are (N, K, G times steps, D).
+    Rows are never copied. In each step, the keys and values of a sentence's rows are appended as G positions, and a mask contains the
+    positions that belong to each row or to the rows that it continues. A sentence has one row at first.
     """
 
-    def __init__(self, layers: int, sentences: int, rows_per_source: int, device: torch.device) -> None:
+    def __init__(self, layers: int, sentences: int, device: torch.device) -> None:
         self.length = 0
-        self._rows_per_source = rows_per_source
-        self._stored: list[tuple[Tensor, Tensor] | None] = [None] * layers
-        self._mask = torch.zeros(sentences, 1, rows_per_source, 0, dtype=torch.bool, device=device)
-        self._self_mask = torch.eye(rows_per_source, dtype=torch.bool, device=device)
+        self.rows_per_source = 1
+        self._stored: list[list[Tensor] | None] = [None] * layers
+        """Keys and values of each layer, (N, capacity, K, D)."""
+        self._mask = torch.zeros(sentences, 1, 1, 0, dtype=torch.bool, device=device)
 
     def begin_step(self) -> Tensor:
         """Return the attention mask (N, 1, G, S) of the next step, in which each row also attends to itself."""
-        own = self._self_mask.expand(len(self._mask), 1, -1, -1)
+        own = torch.eye(self.rows_per_source, dtype=torch.bool, device=self._mask.device).expand(len(self._mask), 1, -1, -1)
         self._mask = torch.cat((self._mask, own), dim=3)
         return self._mask
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values (R, K, 1, D) to a layer. Return the keys and values of all steps so far."""
-        start, end = self.length * self._rows_per_source, self._mask.shape[3]
+        """Append keys and values (R, K, 1, D) to a layer. Return those of all positions so far, (N, K, S, D)."""
+        sentences, end = len(self._mask), self._mask.shape[3]
         stored = self._stored[layer]
-        if stored is None or stored[0].shape[2] < end:
+        if stored is None or stored[0].shape[1] < end:
             stored = self._stored[layer] = self._grown(stored, keys)
         for store, new in zip(stored, (keys, values), strict=True):
-            real = new[: len(store) * self._rows_per_source, :, 0]  # without rows of padding
-            store[:, :, start:end] = real.unflatten(0, (len(store), self._rows_per_source)).transpose(1, 2)
-        return stored[0][:, :, :end], stored[1][:, :, :end]
+            rows = new[: sentences * self.rows_per_source, :, 0]  # without rows of padding
+            store[:, end - self.rows_per_source : end] = rows.unflatten(0, (sentences, self.rows_per_source))
+        return stored[0][:, :end].transpose(1, 2), stored[1][:, :end].transpose(1, 2)
 
-    def _grown(self, stored: tuple[Tensor, Tensor] | None, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tensors with room for twice as many steps."""
-        steps = max(_INITIAL_STEPS, 2 * self.length)
-        shape = (len(self._mask), keys.shape[1], steps * self._rows_per_source, keys.shape[3])
-        grown = (keys.new_empty(shape), keys.new_empty(shape))
+    def _grown(self, stored: list[Tensor] | None, keys: Tensor) -> list[Tensor]:
+        """Return keys and values with more capacity."""
+        sentences, _, _, end = self._mask.shape
+        shape = (sentences, max(_INITIAL_POSITIONS, 2 * end), keys.shape[1], keys.shape[3])
+        grown = [keys.new_empty(shape), keys.new_empty(shape)]
         for old, new in zip(stored or (), grown, strict=False):
-            new[:, :, : old.shape[2]] = old
+            new[:, : old.shape[1]] = old
         return grown
 
     def advance(self, positions: int) -> None:
@@ -277,12 +276,14 @@ class _BeamCache:
     def keep(self, sources: Sequence[int]) -> None:
         """Keep only the sentences at these indices."""
         self._mask = _kept(self._mask, sources)
-        self._stored = [None if stored is None else (_kept(stored[0], sources), _kept(stored[1], sources)) for stored in self._stored]
+        self._stored = [None if stored is None else [_kept(each, sources) for each in stored] for stored in self._stored]
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Tensor, rows_per_source: int) -> None:
         """Replace each sentence's rows with copies of its rows at these indices."""
-        parents = rows[: len(self._mask) * self._rows_per_source].view(-1, 1, self._rows_per_source, 1) % self._rows_per_source
-        self._mask = self._mask.gather(2, parents.expand_as(self._mask))
+        sentences, _, before, positions = self._mask.shape
+        parents = rows[: sentences * rows_per_source].view(sentences, 1, rows_per_source, 1) % before
+        self._mask = self._mask.gather(2, parents.expand(-1, -1, -1, positions))
+        self.rows_per_source = rows_per_source
 
 
 def _kept(stored: Tensor, sources: Sequence[int]) -> Tensor:

@@ -263,7 +263,7 @@ def _grouped(q: Tensor, groups: int, size: int) -> Tensor:
 def _ungrouped(attended: Tensor, rows: int) -> Tensor:
     """The inverse of `_grouped`: (groups, H, size, D) -> (rows, H, 1, D), with zeros in rows of padding."""
     flat = attended.transpose(1, 2).flatten(0, 1)[:, :, None]
-    return F.pad(flat, (0, 0, 0, 0, 0, 0, 0, rows - len(flat)))
+    return flat if len(flat) == rows else F.pad(flat, (0, 0, 0, 0, 0, 0, 0, rows - len(flat)))
 
 
 class FeedForward(nn.Module):

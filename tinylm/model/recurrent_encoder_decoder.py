@@ -234,8 +234,8 @@ class RecurrentEncoderDecoder(SequenceToSequence):
         logits: Tensor = self.head(hidden)
         return logits
 
-    def target_state(self, sources: Sequence[Tensor], length: int, rows_per_source: int) -> _TargetState:
-        return _TargetState(self, sources, length, rows_per_source)
+    def target_state(self, sources: Sequence[Tensor], length: int) -> _TargetState:
+        return _TargetState(self, sources, length)
 
     def attention_weights(self, source: Tensor, tokens: Tensor) -> Tensor:
         encoded = self.encode(source[None])
@@ -295,9 +295,9 @@ class RecurrentEncoderDecoder(SequenceToSequence):
 class _TargetState:
     """A `TargetState`: the decoder's state, and the encoder's outputs."""
 
-    def __init__(self, network: RecurrentEncoderDecoder, sources: Sequence[Tensor], length: int, rows_per_source: int) -> None:
+    def __init__(self, network: RecurrentEncoderDecoder, sources: Sequence[Tensor], length: int) -> None:
         """Encode the sentences one by one, and pad the encoder's outputs to `length`."""
-        self._network, self._rows_per_source = network, rows_per_source
+        self._network, self._rows_per_source = network, 1
         encoded = [network.encode(source[None]) for source in sources]
         outputs = keys = mask = None
         if network.decoder.attention is not None:
@@ -307,7 +307,7 @@ class _TargetState:
             mask = torch.arange(length, device=network.device) < lengths[:, None]
         self._sentences = Encoded(torch.cat([each.state for each in encoded]), outputs, keys, mask)
         self._encoded: Encoded | None = None
-        """The encoded sentence of each row. None if the sentences have changed since the last step."""
+        """The encoded sentence of each row. None if the rows' sentences have changed since the last step."""
         self._state: Tensor | None = None
         """(R, L, Z, C), or None before the first step."""
 
@@ -315,9 +315,11 @@ class _TargetState:
         self._sentences = self._sentences.rows(torch.tensor(sources, device=self._network.device))
         self._encoded = None
 
-    def select_rows(self, rows: Tensor) -> None:
-        if self._state is not None:
-            self._state = self._state.index_select(0, rows)
+    def select_rows(self, rows: Tensor, rows_per_source: int) -> None:
+        if rows_per_source != self._rows_per_source:
+            self._rows_per_source, self._encoded = rows_per_source, None
+        assert self._state is not None
+        self._state = self._state.index_select(0, rows)
 
     def step(self, tokens: Tensor) -> Tensor:
         if self._encoded is None:

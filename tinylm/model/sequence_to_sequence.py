@@ -27,13 +27,14 @@ ROW_MULTIPLE = 16
 class TargetState(Protocol):
     """The state of partial translations, one per row.
 
-    Every sentence has the same number of rows. The rows of the first sentence come first. Rows of padding can follow the last one.
+    Every sentence has the same number of rows, which is 1 at first. The rows of the first sentence come first. Rows of padding can
+    follow the last one.
     """
 
     def keep_sources(self, sources: Sequence[int]) -> None:
         """Keep only the source sentences at these indices, in this order. Call `select_rows` next."""
 
-    def select_rows(self, rows: Tensor) -> None:
+    def select_rows(self, rows: Tensor, rows_per_source: int) -> None:
         """Replace the rows with copies of the rows at these indices (R,). A row's copies belong to the same sentence."""
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -63,8 +64,8 @@ class SequenceToSequence(Model):
         """
         raise NotImplementedError
 
-    def target_state(self, sources: Sequence[Tensor], length: int, rows_per_source: int) -> TargetState:
-        """Encode source sentences, each of ids (S,), and return a state in which every sentence has `rows_per_source` empty rows.
+    def target_state(self, sources: Sequence[Tensor], length: int) -> TargetState:
+        """Encode source sentences, each of ids (S,). Return a state with one row per sentence, without tokens.
 
         The sentences are padded to `length` before or after they are encoded. A sentence's encoding does not depend on the others.
         """

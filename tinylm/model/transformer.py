@@ -27,12 +27,12 @@ from tinylm.model.initialization import initialize
 from tinylm.model.layers import Attention, Block, FeedForward, ForwardContext, Memory, Rotation, make_norm
 from tinylm.model.ngrams import NgramEmbedding
 from tinylm.model.positions import positions_in_segments, rope_table, segment_mask, sinusoidal_table
-from tinylm.recipe.schema import ModelVariant, TransformerSection
+from tinylm.recipe.schema import DecoderSection, ModelVariant, TransformerSection
 
 NGRAM_LR_MULTIPLIER = 6.0
 """Learning rate of n-gram tables relative to other embeddings. Most n-grams occur too rarely for their rows to be learned with the
 same learning rate."""
-_PER_TOKEN = re.compile(r"embedding\.weight|head\.weight|ngrams\.table\.weight|blocks\.\d+\.value_embedding\.weight")
+_PER_TOKEN = re.compile(r"embedding\.weight|head\.weight|head\.bias|ngrams\.table\.weight|blocks\.\d+\.value_embedding\.weight")
 """Matches the names of the weights whose rows belong to tokens or n-grams."""
 INITIAL_TABLE_LENGTH = 1 << 16
 """Maximum length of the position tables in a new network. The tables grow when more positions are needed."""
@@ -83,7 +83,7 @@ class Transformer(Model):
 
     @property
     def _has_head_bias(self) -> bool:
-        return False
+        return isinstance(self.model, DecoderSection) and self.model.head_bias
 
     def _register_position_tables(self, length: int) -> None:
         """Compute the tables of rotary or sinusoidal position embeddings for `length` positions. Do nothing on the meta device."""
@@ -138,9 +138,13 @@ class Transformer(Model):
             return self.logits(hidden)
         chunk = loss_chunk_rows(self.vocab_size, on_gpu=hidden.device.type != "cpu")
         cap = self.model.logit_softcap
+        hidden, weight = hidden.flatten(0, 1), self.head.weight
+        if self.head.bias is not None:  # the weight of an additional input that is always 1
+            hidden = torch.cat((hidden, hidden.new_ones(len(hidden), 1)), dim=1)
+            weight = torch.cat((weight, self.head.bias[:, None]), dim=1)
         return summed_cross_entropy(
-            hidden.flatten(0, 1),
-            self.head.weight,
+            hidden,
+            weight,
             targets.flatten(),
             cap,
             chunk,
@@ -286,7 +290,7 @@ class Transformer(Model):
         return frozenset(name for name, _ in self.named_parameters() if _PER_TOKEN.fullmatch(name))
 
     def head_weights(self) -> frozenset[str]:
-        return frozenset({"head.weight"} if hasattr(self, "head") else ())
+        return frozenset(f"head.{name}" for name, _ in self.head.named_parameters()) if hasattr(self, "head") else frozenset()
 
     def fit_pretrained(self, name: str, weight: Tensor) -> Tensor:
         return weight[: self.model.context_length] if name == "positions.weight" else weight

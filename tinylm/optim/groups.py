@@ -79,7 +79,7 @@ class Optimizers:
         self._average = WeightAverage(network, self._names, decay)
 
     def update_average(self, step: int, usable: Tensor | None = None) -> None:
-        """Update the averages of the weights, if there are any. `step` is the number of completed steps; `usable` is as in `step`."""
+        """Update the averages of the weights, if there are any, after `step` steps. `usable` is as in `Optimizers.step`."""
         if self._average is not None:
             self._average.update(step, usable)
 

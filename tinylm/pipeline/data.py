@@ -22,7 +22,7 @@ from tinylm.data.training_text import TrainingText
 from tinylm.errors import InputError
 from tinylm.pipeline.job import TrainingData, TrainingJob
 from tinylm.processes import Processes
-from tinylm.recipe.chat import ChatSection
+from tinylm.recipe.chat import DPOObjective
 from tinylm.recipe.mixture import MixedSource, describe_epochs, describe_shares
 from tinylm.recipe.schema import DataSection, require_text
 from tinylm.reporting import SILENT, Reporter
@@ -86,8 +86,7 @@ def add_teachers(
 ) -> TrainingData:
     """Load the teachers in every process. Raises `InputError` if their tokenizer is not the one of the training data."""
     processes.run_on_main(lambda: teachers.check_tokenizer(data.prepared.tokenizer))
-    names = ", ".join(member.name for member in teachers.ensemble.members)
-    reporter.note(f"distilling {names} with a weight of {teachers.weight:g} (objective.teacher_weight)")
+    reporter.note(teachers.note)
     objective = processes.run_on_all(lambda: teachers.objective(device))
     return replace(data, objective=objective, teachers=teachers)
 
@@ -103,10 +102,9 @@ def collect_training_texts(
     if not isinstance(prepared, PreparedText | PreparedChat):
         return None
     inherited = [] if pretrained is None else training_text.inherited(pretrained.training_texts(), pretrained.name)
-    if data.teachers is not None:
+    if data.teachers is not None and not isinstance(data.teachers.section, DPOObjective):  # `pretrained` is its reference model
         inherited += _texts_of_teachers(data.teachers, prepared)
     if isinstance(prepared, PreparedChat):
-        assert isinstance(job.recipe.data, ChatSection)
         return [*prepared.training_texts(job.recipe.data), *inherited]
     for shard, name in ((prepared.heldout, "the held-out text"), (prepared.test, "the test text")):
         if shard is not None:

@@ -124,8 +124,9 @@ def find_checkpoint(job: TrainingJob, data: TrainingData, processes: Processes, 
             from_file = isinstance(run.recipe.tokenizer, FileTokenizer)  # otherwise the tokenizer changes with the text
             changed = "tokenizer" if from_file and saved["tokenizer"] != current["tokenizer"] else "text"
             problem = f"the {changed} is not the one that this run was trained on"
-            if {**saved, "teachers": None} == {**current, "teachers": None}:
-                problem = "the teachers (objective.teacher) are not the ones that this run was trained with"
+            if data.teachers is not None and {**saved, "teachers": None} == {**current, "teachers": None}:
+                name = "teachers" if data.teachers.key == "objective.teacher" else "weights of the reference model"
+                problem = f"the {name} ({data.teachers.key}) are not the ones that this run was trained with"
             raise InputError(problem, where=str(run.path), hint="train from scratch in another folder with --out")
         check_shapes(job.recipe, data.vocab_size, checkpoint)
         same_optimizer = run.recipe.training.optimizer.name == job.recipe.training.optimizer.name

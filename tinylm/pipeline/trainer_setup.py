@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from tinylm.cost import step_time
-from tinylm.cost.parameters import estimated, flops_per_token, has_estimates
+from tinylm.cost.network import network_cost
+from tinylm.cost.parameters import has_estimates
+from tinylm.data.datasets import example_size
 from tinylm.evaluation.metrics import Metrics
 from tinylm.pipeline.job import Callbacks, Components, TrainingData, TrainingJob
 from tinylm.processes import Processes
+from tinylm.recipe.schema import DecoderSection
 from tinylm.samplers import samples
 from tinylm.training import precision as precisions
 from tinylm.training.counting import CountingTrainer
@@ -53,9 +56,9 @@ def speed_monitors(job: TrainingJob, data: TrainingData, callbacks: Callbacks, p
         callbacks.reporter.note(f"{BUSY_NOTE}, so idle threads sleep instead of spinning")
 
     def tokens_per_second() -> float | None:
-        if not has_estimates(job.recipe.model):
+        if not isinstance(job.recipe.model, DecoderSection):  # the estimates for other architectures are less accurate
             return None
-        step = step_time.estimate_on_cpu(job.recipe, data.vocab_size, data.steps, None)
+        step = step_time.estimate_on_cpu(job.recipe, data.vocab_size, data.steps, None, example_size(data.dataset))
         if data.teachers is not None:
             teachers = [run.recipe.model for run in data.teachers.ensemble.runs]
             step = step_time.with_teachers(step, job.recipe, data.vocab_size, teachers)
@@ -81,7 +84,8 @@ def build_trainer(job: TrainingJob, data: TrainingData, components: Components, 
     precision, processes = components.precision, components.parallel.processes
     flops = None
     if has_estimates(job.recipe.model):
-        flops = flops_per_token(estimated(job.recipe.model), data.vocab_size, job.recipe.training.lora)
+        network = network_cost(job.recipe, data.vocab_size, example_size(data.dataset))
+        flops = network.flops(job.recipe.training.lora) / network.size.tokens
     setup = TrainingSetup(
         recipe=job.recipe,
         parallel=components.parallel,

@@ -1,4 +1,4 @@
-"""Conversations: the `data:` section of the `chat` format."""
+"""Conversations: the `data:` sections of the formats `chat` and `preferences`, and the `dpo` objective."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Discriminator, Tag
 
-from tinylm.recipe.base import DataVariant, Section
-from tinylm.recipe.values import Flag, OpenShare, Sources
+from tinylm.recipe.base import DataVariant, ObjectiveVariant, Section
+from tinylm.recipe.values import Flag, OpenShare, Positive, Sources
 
 
 class ConversationShare(Section):
@@ -125,3 +125,41 @@ class ChatSection(DataVariant):
         shares = [part.share for part in (self.heldout, self.test) if isinstance(part, ConversationShare)]
         if sum(shares) >= 1:
             yield "test", f"the held-out share {shares[0]:g} and the test share {shares[1]:g} leave no conversations for training"
+
+
+class PreferencesSection(DataVariant):
+    """Preferences: .jsonl or .parquet files whose records contain a prompt, a better answer and a worse answer.
+
+    The fields are `prompt` (a user message), `chosen` and `rejected`. Instead of `prompt`, a record can have `messages`, which is a
+    conversation that ends with a user message.
+    """
+
+    default_objective = "dpo"
+
+    train: Sources
+    """The preferences to train on."""
+    heldout: ConversationPart = ConversationShare()
+    """The preferences to evaluate on: a share, chosen by a hash of the prompt, or another SOURCE."""
+    errors: Literal["strict", "replace"] = "strict"
+    """What to do with bytes that are not UTF-8. `strict` reports an error, and `replace` substitutes U+FFFD."""
+    format: Literal["preferences"] = "preferences"
+    """What the sources contain: `preferences` means prompts with a chosen and a rejected answer."""
+
+    def sources(self) -> dict[str, tuple[str, ...]]:
+        heldout = {"heldout": self.heldout.sources} if isinstance(self.heldout, ConversationSources) else {}
+        return {"train": self.train, **heldout}
+
+
+class DPOObjective(ObjectiveVariant):
+    """Direct preference optimization (Rafailov et al. 2023): raise the probability of chosen answers relative to rejected ones.
+
+    Both probabilities are compared with those of the reference model, which is the run in `model.init_from`.
+    """
+
+    architectures = ("decoder",)
+    data_formats = ("preferences",)
+
+    name: Literal["dpo"] = "dpo"
+    beta: Positive = 0.1
+    """The reward of an answer is `beta` times the logarithm of its probability under the model divided by that under the reference
+    model. A smaller value lets the model move further away from the reference model."""

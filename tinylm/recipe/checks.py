@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from tinylm import hints
 from tinylm.recipe.arithmetic import divisors
-from tinylm.recipe.chat import ChatSection
+from tinylm.recipe.chat import ChatSection, DPOObjective, PreferencesSection
 from tinylm.recipe.embeddings import EmbeddingDataSection, EmbeddingRecipe, TokenVocabulary, Word2VecMethod
 from tinylm.recipe.encoder import MASK, MaskedLMObjective
 from tinylm.recipe.fixed_context import NgramSection
@@ -52,7 +52,7 @@ def check_recipe(recipe: Recipe, check_files: bool = True) -> Iterator[tuple[Key
         yield from _check_data(recipe.data)
         yield from _check_shares(recipe.data)
         yield from _check_mixture(recipe, recipe.data)
-    if isinstance(recipe.data, ChatSection):
+    if isinstance(recipe.data, ChatSection | PreferencesSection):
         yield from _check_chat(recipe, recipe.data)
     yield from _check_model(recipe)
     yield from _check_tokenizer(recipe)
@@ -98,16 +98,16 @@ def _check_mixture(recipe: Recipe, data: DataSection) -> Iterator[tuple[KeyPath,
         yield ("data", "train", index, "weight"), problem
 
 
-def _check_chat(recipe: Recipe, data: ChatSection) -> Iterator[tuple[KeyPath, str]]:
-    for key, problem in data.problems():
+def _check_chat(recipe: Recipe, data: ChatSection | PreferencesSection) -> Iterator[tuple[KeyPath, str]]:
+    for key, problem in data.problems() if isinstance(data, ChatSection) else ():
         yield ("data", key), problem
     model, stride = recipe.model, recipe.evaluation.stride
     if not isinstance(model, DecoderSection):
-        yield ("data", "format"), f"the chat format requires the decoder architecture, not {model.architecture}"
+        yield ("data", "format"), f"the {data.format} format requires the decoder architecture, not {model.architecture}"
     if stride is not None:
-        yield ("evaluation", "stride"), "has no effect with the chat format (remove the key)"
+        yield ("evaluation", "stride"), f"has no effect with the {data.format} format (remove the key)"
     if recipe.sampling.every is not None and not all(prompt.strip() for prompt in recipe.sampling.prompts):
-        yield ("sampling", "prompts"), "with the chat format, prompts are user messages, which must not be empty"
+        yield ("sampling", "prompts"), f"with the {data.format} format, prompts are user messages, which must not be empty"
 
 
 def _check_model(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
@@ -141,6 +141,11 @@ def _check_objective(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         yield ("objective", "mask_prompt"), f"has no effect with the {recipe.data.format} format (remove the key)"
     if isinstance(objective, CausalLMObjective):
         yield from _check_teacher(objective, model)
+    if isinstance(objective, DPOObjective) and (model.pretrained is None or not model.pretrained.head):
+        problem = "requires a reference model (set model.init_from to a run that was fine-tuned on conversations)"
+        if model.pretrained is not None:
+            problem = "must start from the reference model, including its head (remove model.init_from.head)"
+        yield ("objective",), f"the dpo objective {problem}"
     if isinstance(objective, MaskedLMObjective):
         if len(set(objective.rate)) > 1 and training.minutes is not None:
             yield (

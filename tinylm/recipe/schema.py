@@ -17,7 +17,7 @@ from tinylm.recipe.base import InitFrom as InitFrom
 from tinylm.recipe.base import ModelVariant as ModelVariant
 from tinylm.recipe.base import ObjectiveVariant as ObjectiveVariant
 from tinylm.recipe.base import Section as Section
-from tinylm.recipe.chat import ChatSection
+from tinylm.recipe.chat import ChatSection, DPOObjective, PreferencesSection
 from tinylm.recipe.encoder import EncoderSection, MaskedLMObjective
 from tinylm.recipe.encoder_decoder import EncoderDecoderSection
 from tinylm.recipe.fixed_context import FeedForwardSection, NgramSection
@@ -184,7 +184,7 @@ def require_text(data: DataVariant) -> DataSection:
     return data
 
 
-DATA_VARIANTS = OpenUnion("format", DataSection, LabelsSection, PairsSection, ChatSection)
+DATA_VARIANTS = OpenUnion("format", DataSection, LabelsSection, PairsSection, ChatSection, PreferencesSection)
 """The data formats. Code outside the library can add one with `register_data_section`."""
 
 
@@ -363,7 +363,9 @@ class CausalLMObjective(ObjectiveVariant):
     divergence from the teachers' distribution to the model's."""
 
 
-OBJECTIVE_VARIANTS = OpenUnion("name", CausalLMObjective, MaskedLMObjective, ClassificationObjective, TranslationObjective)
+OBJECTIVE_VARIANTS = OpenUnion(
+    "name", CausalLMObjective, DPOObjective, MaskedLMObjective, ClassificationObjective, TranslationObjective
+)
 """The objectives. Code outside the library can add one with `register_objective_section`."""
 
 ObjectiveSection = Annotated[ObjectiveVariant, OBJECTIVE_VARIANTS, BeforeValidator(_expand_name)]

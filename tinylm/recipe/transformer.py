@@ -278,3 +278,5 @@ class DecoderSection(TransformerSection):
     architecture: Literal["decoder"] = "decoder"
     preset: Literal["modern", "gpt2", "llama"] = "modern"
     """The preset that sets the defaults of the other keys."""
+    head_bias: Flag = False
+    """Use a learned bias in the head (Phi)."""

@@ -1,11 +1,13 @@
 """Run a scaling experiment, fit the law to its runs, predict a larger budget, and compare the prediction with a finished run.
 
 DIR/N/               the run folders; DIR/results and DIR/logs belong to `tinylm.sweep.runner`
+DIR/result.json      the document of `tinylm scale --json`. Later versions of tinylm can use it to check the prediction.
 DIR/predicted.yaml   the recipe for the larger budget. It is not called recipe.yaml, because that file marks a run folder.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +23,7 @@ from tinylm.paths import atomic_write_text
 from tinylm.recipe import Recipe
 from tinylm.recipe.schema import changes
 from tinylm.run import Run
-from tinylm.scaling.grid import BASE_FILE, FAMILY, FIXED_KEYS, Cell, Grid, law_parameters, max_tokens, resized
+from tinylm.scaling.grid import BASE_FILE, FAMILY, FIXED_KEYS, Cell, Grid, law_parameters, max_tokens, open_grid, resized
 from tinylm.scaling.law import PARAMETERS, Array, Estimate, Fit, Points, fit
 from tinylm.suggest import EVALUATIONS
 from tinylm.sweep.runner import Outcome, Sweep
@@ -30,7 +32,7 @@ COMPUTE_FACTOR = 4
 """By default, the prediction is for this multiple of the compute of the largest run."""
 OVERFITTING = 1.01
 """A run is left out if its loss is more than this factor above that of a shorter run of the same size."""
-PREDICTED_FILE = "predicted.yaml"
+PREDICTED_FILE, RESULT_FILE = "predicted.yaml", "result.json"
 _FINE_SIZES = 200
 _FREE_KEYS = ("name", "seed", *FIXED_KEYS, "evaluation.every", "tracking")
 _FREE_SECTIONS = ("checkpoint.", "sampling.")
@@ -100,6 +102,7 @@ class Result:
             },
             "prediction": _prediction_dict(self.prediction),
             "recipe": str(self.folder / PREDICTED_FILE),
+            "seed": fitted.seed,
         }
 
 
@@ -156,8 +159,10 @@ def analyze(
     rows = rows_of(grid, outcomes)
     fitted = fit_rows(folder, grid, rows, seed=seed)
     prediction = _predict(grid, base, rows, fitted, predict_minutes)
+    result = Result(folder, grid, rows, fitted, prediction)
     atomic_write_text(folder / PREDICTED_FILE, _predicted_recipe(grid, base, prediction))
-    return Result(folder, grid, rows, fitted, prediction)
+    atomic_write_text(folder / RESULT_FILE, json.dumps(result.as_dict(), ensure_ascii=False, indent=1) + "\n")
+    return result
 
 
 def rows_of(grid: Grid, outcomes: Sequence[Outcome]) -> tuple[Row, ...]:
@@ -203,6 +208,21 @@ def fit_rows(folder: Path, grid: Grid, rows: Sequence[Row], *, seed: int = 0) ->
         hint = "run the same command again if runs are not finished, or choose a longer text, more time or another --out"
         raise WorkError(f"{points.problem}. Left out: {reasons}", where=str(folder), hint=hint)
     return fit(points, seed=seed)
+
+
+def load_fit(folder: Path) -> Fit:
+    """Return the fit of a finished experiment, which `analyze` saved. Raises `InputError` if there is none."""
+    file = folder / RESULT_FILE
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        used = [row for row in result["rows"] if row["left_out"] is None]
+        parameters, tokens, losses = (np.array([row[key] for row in used], float) for key in ("parameters", "tokens", "val_loss"))
+        return fit(Points(parameters, tokens, losses, result["unique_tokens"]), seed=result["seed"])
+    except FileNotFoundError:
+        hint = "run the `tinylm scale` command of this folder again to finish it"
+        raise InputError("the experiment is not finished", where=str(folder), hint=hint) from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"cannot be read: {error}", where=str(file)) from None
 
 
 def _predict(grid: Grid, base: Recipe, rows: Sequence[Row], fitted: Fit, minutes: float | None) -> Prediction:
@@ -280,11 +300,14 @@ def _predicted_recipe(grid: Grid, base: Recipe, prediction: Prediction) -> str:
     return head + recipe.to_yaml()
 
 
-def check(folder: Path, grid: Grid, base: Recipe, fitted: Fit, run: Run) -> Check:
-    """Compare a finished run with the prediction for its size and length.
+def check(folder: Path, run: Run) -> Check:
+    """Compare a finished run with the prediction for its size and length by the experiment in `folder`.
 
-    Raises `InputError` if its loss is not comparable: the run is not finished, or its text, tokenizer or evaluation differ.
+    Raises `InputError` if there is no finished experiment, or if the loss is not comparable: the run is not
+    finished, or its text, tokenizer or evaluation differ.
     """
+    _, base = open_grid(folder)
+    fitted = load_fit(folder)
     differing = [
         key
         for key, (expected, _) in changes(base, run.recipe).items()

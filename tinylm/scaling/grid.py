@@ -176,7 +176,8 @@ def plan_grid(request: Request, *, processor: Processor | None = None, reporter:
     budget = Budget(request.minutes, request.accelerator, processor=processor)
     suggestion = suggest_recipe(DataSection(train=request.source), budget, name="scale", sizes=FAMILY, reporter=reporter)
     base = loads(suggestion.yaml, request.overrides)
-    text = estimate_text_size(base.data, base.tokenizer, reporter if request.overrides else SILENT)
+    known = (base.data, base.tokenizer) == (suggestion.recipe.data, suggestion.recipe.tokenizer)
+    text = estimate_text_size(base.data, base.tokenizer, SILENT if known else reporter)
     planner = _Planner(base, text, budget, reporter)
     largest = FAMILY.index((estimated(suggestion.recipe.model).n_layer, estimated(suggestion.recipe.model).n_embd))
     base = resized(base, *FAMILY[largest], MIN_STEPS)
@@ -230,8 +231,8 @@ class _Planner:
                 hint="use a longer text",
             )
         raise InputError(
-            f"{self.budget.minutes:g} minutes are not enough for {MIN_DISTINCT} model sizes and {MIN_DISTINCT} training lengths",
-            where="--minutes",
+            f"not enough time for {MIN_DISTINCT} model sizes and {MIN_DISTINCT} training lengths",
+            where=f"--minutes {self.budget.minutes:g}",
             hint=f"the smallest experiment takes about {minutes:.2g} minutes",
         )
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol, TypeVar
 
 from tinylm.errors import InputError
 from tinylm.recipe.values import has_surrogates, show
@@ -43,6 +44,37 @@ class Conversation:
     def key(self) -> bytes:
         """A hash of the messages."""
         return hashlib.sha256(json.dumps([message.as_dict() for message in self.messages]).encode()).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """A conversation that ends with a user message, two answers to it, and the location that it was read from."""
+
+    prompt: tuple[Message, ...]
+    chosen: Message
+    rejected: Message
+    where: str = ""
+
+    @property
+    def conversations(self) -> tuple[Conversation, Conversation]:
+        """The conversations with the chosen and with the rejected answer."""
+        chosen, rejected = (Conversation((*self.prompt, answer), self.where) for answer in (self.chosen, self.rejected))
+        return chosen, rejected
+
+    @property
+    def key(self) -> bytes:
+        """A hash of the prompt, so that the same prompt is never in two splits."""
+        return Conversation(self.prompt).key
+
+
+class Keyed(Protocol):
+    """An example with a hash. Examples with the same hash are in the same split."""
+
+    @property
+    def key(self) -> bytes: ...
+
+
+Item = TypeVar("Item", bound=Keyed)
 
 
 @dataclass(frozen=True)
@@ -92,6 +124,49 @@ class ConversationFormat(RecordFormat):
 
     def _content(self, message: Mapping[str, object], where: str) -> str:
         return text_content(message, where) if isinstance(message["content"], list) else self._value(message, "content", where)
+
+
+@dataclass(frozen=True)
+class PreferenceFormat(ConversationFormat):
+    """Converts a record to JSON text that contains a valid preference and its location."""
+
+    @cached_property
+    def fields(self) -> list[str]:
+        return ["chosen", "rejected"]
+
+    @property
+    def _hint(self) -> str:
+        return "a record has the fields prompt or messages, chosen and rejected"
+
+    def text(self, record: object, where: str) -> str:
+        if not isinstance(record, Mapping):
+            raise InputError("not a JSON object", where=where)
+        question = "messages" if "messages" in record else "prompt"
+        for name in (question, *self.fields):
+            if name not in record:
+                raise InputError(f"no field {name!r} (fields: {', '.join(map(str, record))})", where=where, hint=self._hint)
+        prompt = self._parse(record, question, USER, where)
+        check_turns(prompt, where, answered=False)
+        answers: list[Message] = []
+        for name in self.fields:
+            answer = self._parse(record, name, ASSISTANT, f"{where}: {name}")
+            if [message.role for message in answer] != [ASSISTANT]:
+                raise InputError("must be text, or a list with one assistant message", where=f"{where}: {name}")
+            answers += answer
+        if answers[0] == answers[1]:
+            raise InputError("the chosen and the rejected answer are the same", where=where, hint="remove the record")
+        messages = [message.as_dict() for message in (*prompt, *answers)]
+        return json.dumps({"where": where, "messages": messages})
+
+    def _parse(self, record: Mapping[str, object], name: str, role: str, where: str) -> tuple[Message, ...]:
+        """Return the messages in a field, which is a list of messages or the text of one message with this role."""
+        value = record[name]
+        if not isinstance(value, list):
+            text = self._value(record, name, where)
+            if not text.strip():
+                raise InputError(f"the {role} message is empty", where=where)
+            return (Message(role, text),)
+        return parse_messages(value, where, self._content)
 
 
 def text_content(message: Mapping[str, object], where: str) -> str:
@@ -167,19 +242,34 @@ def check_turns(messages: Sequence[Message], where: str, *, answered: bool) -> N
 
 def read_conversations(sources: Sequence[str], record_format: ConversationFormat) -> Iterator[Conversation]:
     """Yield the conversations in `sources` in order. Raises `InputError` with the line of the first invalid conversation."""
+    for messages, where in _read(sources, record_format, "conversations", "use a .jsonl file with a field `messages`"):
+        yield Conversation(messages, where)
+
+
+def read_preferences(sources: Sequence[str], record_format: PreferenceFormat) -> Iterator[Preference]:
+    """Yield the preferences in `sources` in order. Raises `InputError` with the line of the first invalid preference."""
+    hint = "use a .jsonl file with the fields `prompt`, `chosen` and `rejected`"
+    for messages, where in _read(sources, record_format, "preferences", hint):
+        yield Preference(messages[:-2], messages[-2], messages[-1], where)
+
+
+def _read(
+    sources: Sequence[str], record_format: ConversationFormat, kind: str, hint: str
+) -> Iterator[tuple[tuple[Message, ...], str]]:
+    """Yield the messages and the location of each record."""
     with Corpus(sources, errors=record_format.errors, record_format=record_format) as corpus:
         for name, is_record, document in corpus.documents():
             if not is_record:
-                raise InputError("not a file with conversations", where=name, hint="use a .jsonl file with a field `messages`")
+                raise InputError(f"not a file with {kind}", where=name, hint=hint)
             parsed = json.loads(document)
-            yield Conversation(tuple(Message(**message) for message in parsed["messages"]), parsed["where"])
+            yield tuple(Message(**message) for message in parsed["messages"]), parsed["where"]
 
 
-def choose(conversations: Sequence[Conversation], shares: Mapping[str, float]) -> dict[str, list[Conversation]]:
-    """Divide conversations into splits by a hash of their text.
+def choose(conversations: Sequence[Item], shares: Mapping[str, float]) -> dict[str, list[Item]]:
+    """Divide conversations or preferences into splits by their hash.
 
     `shares` maps the name of each split to its fraction of the conversations. The other conversations form the `train` split. Each
-    split contains at least one conversation, and identical conversations are in the same split.
+    split contains at least one conversation, and conversations with the same hash are in the same split.
     """
     groups: dict[bytes, list[int]] = {}
     for index, conversation in enumerate(conversations):

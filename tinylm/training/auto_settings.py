@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 import torch
 
 from tinylm.cost import step_time
+from tinylm.cost.examples import ExampleSize
 from tinylm.cost.micro_batch import CPU_MICRO_BATCH_TOKENS, choose_micro_batch, host_memory_bytes
 from tinylm.cost.parameters import not_estimated
-from tinylm.data.datasets import Dataset
+from tinylm.data.datasets import Dataset, example_size
 from tinylm.model import registry
 from tinylm.model.base import Model
 from tinylm.optim.groups import resolve_muon
@@ -75,7 +76,7 @@ def resolve(
     """
     device = network.device
     batch = _first_batch(recipe, dataset, objective)
-    chooser = _Chooser(recipe, network, batch, objective, budget, reporter, processes.world_size)
+    chooser = _Chooser(recipe, network, batch, example_size(dataset), objective, budget, reporter, processes.world_size)
     chosen = processes.run_on_main(chooser.resolve)
     training = chosen.training
     precision, compiled, seconds = Precision(training.precision, device), bool(training.compile), 0.0
@@ -96,6 +97,8 @@ class _Chooser:
     recipe: Recipe
     network: Model
     batch: LocalBatch
+    size: ExampleSize | None
+    """The size of the training examples, or None if they all fill the context."""
     objective: Objective
     budget: Budget
     reporter: Reporter
@@ -161,7 +164,9 @@ class _Chooser:
         training = self.recipe.training.model_copy(update={"precision": precision.name})
         recipe = self.recipe.model_copy(update={"training": training})
         half = precision.name != "fp32"
-        return choose_micro_batch(recipe, self.network.vocab_size, memory, max_tokens, half=half, devices=self.world_size)
+        return choose_micro_batch(
+            recipe, self.network.vocab_size, memory, max_tokens, half=half, devices=self.world_size, size=self.size
+        )
 
     def _reduce_until_it_fits(self, size: int, precision: Precision) -> int:
         """Halve the micro-batch size until a forward and backward pass does not run out of memory."""
@@ -208,8 +213,10 @@ def use_fastest_threads(recipe: Recipe, vocab_size: int, dataset: Dataset, objec
     """
     network = registry.build(recipe.model, vocab_size, seed=0, objective=recipe.objective)
     memory = host_memory_bytes() // world_size
-    size = choose_micro_batch(recipe, vocab_size, memory, CPU_MICRO_BATCH_TOKENS, devices=world_size)
-    settings = GradientSettings(size, Precision("fp32", torch.device("cpu")), objective)
+    micro_batch_size = choose_micro_batch(
+        recipe, vocab_size, memory, CPU_MICRO_BATCH_TOKENS, devices=world_size, size=example_size(dataset)
+    )
+    settings = GradientSettings(micro_batch_size, Precision("fp32", torch.device("cpu")), objective)
     trial = Trial(network, _first_batch(recipe, dataset, objective), settings)
     threads = torch.get_num_threads()
     best_seconds = trial.seconds()

@@ -1,7 +1,8 @@
 """Distillation: the model learns to predict the mean probabilities of trained models, in addition to the next token.
 
 The teachers are fixed. They run in evaluation mode, without gradients, on the same micro-batches as the model, and their
-probabilities are computed for a few rows at a time, so no distribution is ever stored.
+probabilities are computed for a few rows at a time, so no distribution is ever stored. `Teachers` also loads the reference model of
+direct preference optimization (`tinylm.training.dpo`).
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from tinylm.model.base import Model
 from tinylm.model.stateful import StatefulModel
 from tinylm.paths import sha256
 from tinylm.recipe import Recipe
-from tinylm.recipe.chat import ChatSection
-from tinylm.recipe.schema import CausalLMObjective, DataSection
+from tinylm.recipe.chat import ChatSection, DPOObjective
+from tinylm.recipe.schema import CausalLMObjective, DataSection, ObjectiveVariant
 from tinylm.run import Run
 from tinylm.tokenizer import Tokenizer
-from tinylm.training.objectives import CausalLM
+from tinylm.training.dpo import DPO
+from tinylm.training.objectives import CausalLM, Objective
 
 
 class Distillation(CausalLM):
@@ -71,23 +73,36 @@ def _hidden(teacher: Model, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class Teachers:
-    """The runs that a recipe distills, opened but not loaded."""
+    """The fixed models of an objective, opened but not loaded: the runs to distill, or the reference model of `dpo`."""
 
     ensemble: Ensemble
-    weight: float
+    section: CausalLMObjective | DPOObjective
 
     @classmethod
     def open(cls, recipe: Recipe, folder: Path) -> Teachers | None:
-        """Open the runs in `objective.teacher`. Returns None if the recipe has no teachers. `folder` is the student's run folder.
+        """Open the fixed models of a recipe. Returns None if there are none. `folder` is the run folder of the model to train.
 
         Raises `InputError` if a run does not exist, cannot teach this model or has another tokenizer than the other teachers.
         """
         runs, objective = teacher_runs(recipe), recipe.objective
-        if not runs or not isinstance(objective, CausalLMObjective):
+        if not runs or not isinstance(objective, CausalLMObjective | DPOObjective):
             return None
         for run in runs:
             _check_teacher(run, recipe, folder)
-        return cls(Ensemble.of(runs), objective.teacher_weight)
+        return cls(Ensemble.of(runs), objective)
+
+    @property
+    def key(self) -> str:
+        """The recipe key that names the runs."""
+        return _key(self.section)
+
+    @property
+    def note(self) -> str:
+        """What the models are used for."""
+        names = ", ".join(member.name for member in self.ensemble.members)
+        if isinstance(self.section, DPOObjective):
+            return f"the reference model is {names} (model.init_from)"
+        return f"distilling {names} with a weight of {self.section.teacher_weight:g} (objective.teacher_weight)"
 
     @property
     def fingerprint(self) -> str:
@@ -104,24 +119,30 @@ class Teachers:
         """Raise `InputError` if the teachers' tokenizer has other content than the student's."""
         teacher = self.ensemble.members[0]
         if teacher.run.tokenizer.fingerprint != tokenizer.fingerprint:
-            raise InputError(
-                f"the tokenizer of {teacher.path} differs from this run's, so the model cannot learn its probabilities",
-                where="objective.teacher",
-                hint=f"set tokenizer.path: {teacher.run.path / 'tokenizer.json'}",
-            )
+            hint = f"set tokenizer.path: {teacher.run.path / 'tokenizer.json'}"
+            if teacher.run.chat_encoder is None and isinstance(self.section, DPOObjective):
+                hint = "fine-tune it on conversations first (data.format: chat)"
+            problem = f"the tokenizer of {teacher.path} differs from this run's, so the model cannot learn its probabilities"
+            raise InputError(problem, where=self.key, hint=hint)
 
-    def objective(self, device: torch.device) -> Distillation:
-        """Load the teachers to `device`."""
+    def objective(self, device: torch.device) -> Objective:
+        """Load the models to `device`, and return the objective that uses them."""
         networks = [member.run.network(member.checkpoint, device).requires_grad_(False) for member in self.ensemble.members]
-        return Distillation(networks, self.weight)
+        if isinstance(self.section, DPOObjective):
+            return DPO(self.section.beta, networks[0])
+        return Distillation(networks, self.section.teacher_weight)
+
+
+def _key(section: ObjectiveVariant) -> str:
+    return "model.init_from" if isinstance(section, DPOObjective) else "objective.teacher"
 
 
 def _check_teacher(run: Run, recipe: Recipe, folder: Path) -> None:
     """Raise `InputError` if a run cannot teach the model of `recipe`, which is trained in `folder`."""
-    teacher, where = run.recipe, f"objective.teacher: {run.path}"
+    teacher, where = run.recipe, f"{_key(recipe.objective)}: {run.path}"
     if run.path.resolve() == folder.resolve():
         raise InputError("a run cannot be its own teacher", where=where, hint="choose another folder with --out")
-    if not isinstance(teacher.objective, CausalLMObjective):
+    if not isinstance(teacher.objective, CausalLMObjective | DPOObjective):
         problem = f"was trained with the {teacher.objective.name} objective, so it does not predict the next token"
         raise InputError(problem, where=where, hint="a teacher must be trained with causal_lm")
     needed = recipe.model.context_length + recipe.model.warmup_tokens

@@ -20,11 +20,13 @@ from tinylm.evaluation.mixture import evaluate_sources
 from tinylm.evaluation.perplexity import EvaluationOptions, Perplexity
 from tinylm.evaluation.scoring import token_losses
 from tinylm.model.base import Model
+from tinylm.recipe.chat import DPOObjective
 from tinylm.recipe.encoder import MaskedLMObjective
 from tinylm.recipe.labels import ClassificationObjective
 from tinylm.recipe.pairs import TranslationObjective
 from tinylm.recipe.schema import CausalLMObjective, ObjectiveVariant, register_objective_section, unregister_section
 from tinylm.training.classification import Classification
+from tinylm.training.dpo import DPO
 from tinylm.training.masked_lm import MaskedLM
 from tinylm.training.objective import Heldout as Heldout
 from tinylm.training.objective import Objective as Objective
@@ -94,6 +96,7 @@ class CausalLM:
 
 _OBJECTIVES: dict[type[ObjectiveVariant], Callable[[Any], Objective]] = {
     CausalLMObjective: lambda section: CausalLM(),
+    DPOObjective: lambda section: DPO(section.beta),
     MaskedLMObjective: lambda section: MaskedLM(),
     ClassificationObjective: Classification,
     TranslationObjective: Translation,

@@ -22,7 +22,11 @@ def check_state(state: dict[str, Any], where: str) -> None:
     watch = state.get("watch")
     if not isinstance(watch, dict) or not isinstance(state.get("scaler"), dict) or watch.keys() != GuardState().__dict__.keys():
         raise InputError("state.json has an unexpected structure", where=where)
-    counts = {**{name: state.get(name) for name in _COUNTS}, _SINCE_BEST: state.get(_SINCE_BEST, 0), **{name: watch[name] for name in watch if name != "recent"}}
+    counts = {
+        **{name: state.get(name) for name in _COUNTS},
+        _SINCE_BEST: state.get(_SINCE_BEST, 0),
+        **{name: watch[name] for name in watch if name != "recent"},
+    }
     times = {name: state.get(name) for name in _TIMES}
     recent = watch["recent"] if isinstance(watch["recent"], list) else [None]
     wrong = [name for name, value in counts.items() if type(value) is not int or not 0 <= value < _LARGEST]

@@ -137,10 +137,10 @@ class Trainer:
         self._saved_step = self.progress.step
 
     def train(self, request: StopRequest, stop_after: float | None = None) -> StopReason:
-        """Train to the end and return `done`, or stop early and return `patience` (`evaluation.patience`), `time` (after `stop_after`
-        seconds), `signal` or `callback`.
+        """Train to the end and return `done`, or stop early.
 
-        When this returns, the last step has been saved. If the result is `done` or `patience`, it has also been evaluated. Raises `WorkError` if
+        The other results are `patience` (`evaluation.patience`), `time` (after `stop_after` seconds), `signal` and `callback`. When
+        this returns, the last step has been saved, and with `done` or `patience`, it has also been evaluated. Raises `WorkError` if
         training cannot recover from non-finite values, if memory runs out, or if a checkpoint cannot be written.
         """
         setup, processes = self.setup, self._processes
@@ -212,7 +212,9 @@ class Trainer:
 
         if stop == "patience":
             evaluations, best = self.progress.evaluations_since_best, self.progress.best_step
-            self._observer.note(f"stopping early: {evaluations} evaluations without improvement since step {best} (evaluation.patience)")
+            self._observer.note(
+                f"stopping early: {evaluations} evaluations without improvement since step {best} (evaluation.patience)"
+            )
         evaluated = self.progress.evaluated_step == self.progress.step
         return "signal" if stop == "done" and not evaluated else stop  # a signal interrupted the last evaluation
 

@@ -30,17 +30,19 @@ def padded_length(source: np.ndarray) -> int:
 class Decoding:
     """The decoding state of a batch of sentences. Each sentence has the same number of rows, which are its beams or samples.
 
-    All sources must have the same padded length. `step` extends every row by one token. Use this class inside `decoding_mode`.
+    All sources must have the same padded length. `start` returns one row per sentence, because there is only one empty translation.
+    After that, `step` extends every row by one token. Use this class inside `decoding_mode`.
     """
 
-    def __init__(self, network: SequenceToSequence, sources: Sequence[np.ndarray], rows_per_source: int) -> None:
-        ids = [torch.as_tensor(source, device=network.device) for source in sources]
-        self._state = network.target_state(ids, max(map(padded_length, sources)), rows_per_source)
-        self._start = torch.full((len(sources) * rows_per_source,), START, device=network.device)
+    def __init__(self, network: SequenceToSequence, sources: Sequence[np.ndarray]) -> None:
+        self._device = network.device
+        self._sentences = len(sources)
+        ids = [torch.as_tensor(source, device=self._device) for source in sources]
+        self._state = network.target_state(ids, max(map(padded_length, sources)))
 
     def start(self) -> Tensor:
-        """Return the log-probabilities (R, V) for the first token of every row."""
-        return self._advance(self._start)
+        """Return the log-probabilities (sentences, V) of the first token."""
+        return self._advance(torch.full((self._sentences,), START, device=self._device))
 
     def step(self, parents: Tensor, tokens: Tensor, sources: Sequence[int] | None = None) -> Tensor:
         """Replace the rows with copies of the rows `parents` (R,), append `tokens` (R,), and return log-probabilities (R, V).
@@ -49,7 +51,8 @@ class Decoding:
         """
         if sources is not None:
             self._state.keep_sources(sources)
-        self._state.select_rows(_completed(parents))
+            self._sentences = len(sources)
+        self._state.select_rows(_completed(parents), len(parents) // self._sentences)
         return self._advance(tokens)
 
     def _advance(self, tokens: Tensor) -> Tensor:

@@ -145,14 +145,13 @@ class _BeamSearch:
         self._finished: list[list[Hypothesis]] = [[] for _ in limits]
         self._active = list(range(len(limits)))
         """The indices of sentences that are not done."""
-        self._ids: list[list[list[int]]] = [[[] for _ in range(self._beams)] for _ in limits]
+        self._ids: list[list[list[int]]] = [[[]] for _ in limits]
+        """The beams of each sentence. At first, there is only the empty translation."""
 
     def run(self, network: SequenceToSequence, sources: Sequence[np.ndarray]) -> list[list[Hypothesis]]:
-        decoding = Decoding(network, sources, self._beams)
+        decoding = Decoding(network, sources)
         logprobs = decoding.start()
-        # At first, all beams of a sentence are equal, so only the first one is extended.
-        totals = torch.full((len(sources), self._beams), _NEVER, device=logprobs.device)
-        totals[:, 0] = 0.0
+        totals = torch.zeros(len(sources), 1, device=logprobs.device)
         for length in range(1, max(self._limits) + 1):
             sentences = len(self._active)
             totals, parents, tokens, kept = self._extend(logprobs, totals, length)
@@ -169,12 +168,12 @@ class _BeamSearch:
         """
         if self._options.no_repeat_ngram:
             logprobs = self._without_repeated_ngrams(logprobs)
-        vocab_size = logprobs.shape[1]
+        beams, vocab_size = totals.shape[1], logprobs.shape[1]
         values, indexes = top_extensions(logprobs, totals, 2 * self._beams)
         rows = zip(self._active, values.tolist(), indexes.tolist(), strict=True)
         extended = [
-            self._extend_sentence(sentence, totals, [divmod(index, vocab_size) for index in places], length)
-            for sentence, totals, places in rows
+            self._extend_sentence(sentence, best, [divmod(index, vocab_size) for index in extensions], length)
+            for sentence, best, extensions in rows
         ]
         places = _without_gaps([kept is not None for kept in extended])
         new_totals, parents, tokens = [], [], []
@@ -182,7 +181,7 @@ class _BeamSearch:
             kept = extended[place]
             assert kept is not None
             new_totals.append([total for total, _, _ in kept])
-            parents += [place * self._beams + parent for _, parent, _ in kept]
+            parents += [place * beams + parent for _, parent, _ in kept]
             tokens += [token for _, _, token in kept]
         self._active = [self._active[place] for place in places]
         device = logprobs.device
@@ -293,9 +292,10 @@ def _sample(
     rows: list[list[int]] = [[] for _ in generators]
     totals, open_rows = [0.0] * len(rows), set(range(len(rows)))
     results: list[Hypothesis | None] = [None] * len(rows)
-    decoding = Decoding(network, sources, count)
-    logprobs = decoding.start()
+    decoding = Decoding(network, sources)
+    logprobs = decoding.start().repeat_interleave(count, dim=0)
     everything = torch.arange(len(rows), device=logprobs.device)
+    parents = everything // count  # each sentence has only one row at first
     for length in range(1, max(limits) + 1):
         if options.no_repeat_ngram:
             logprobs = without_repeated_ngrams(logprobs, rows, options.no_repeat_ngram)
@@ -312,7 +312,8 @@ def _sample(
                 open_rows.remove(row)
         if not open_rows:
             break
-        logprobs = decoding.step(everything, torch.tensor(tokens, device=logprobs.device))
+        logprobs = decoding.step(parents, torch.tensor(tokens, device=logprobs.device))
+        parents = everything
     drawn = [hypothesis for hypothesis in results if hypothesis is not None]
     return [sorted(drawn[i : i + count], key=lambda each: -each.score) for i in range(0, len(drawn), count)]
 
