@@ -21,7 +21,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._storages: dict[int, Any] = {}
-        self.peak = 0
+        self.peak: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -29,13 +29,15 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in inputs:
                 storage = leaf.untyped_storage()
-                self._storages[storage._cdata] = (torch.multiprocessing.reductions.StorageWeakRef(storage), storage.nbytes())
+                owner = torch.multiprocessing.reductions.StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+                self._storages[storage._cdata] = (owner, storage.nbytes())
         self._storages = {key: (owner, size) for key, (owner, size) in self._storages.items() if not owner.expired()}
         self.peak = max(self.peak, sum(size for _, size in self._storages.values()))
         return result
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    with LiveBytes() as live:
+    live = LiveBytes()
+    with live:
         work()
     return live.peak

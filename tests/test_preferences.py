@@ -328,3 +328,15 @@ def test_eval_without_a_source_explains_where_the_results_are(run_cli: RunCli, d
     assert refused.code == 2
     assert "was trained on preferences, which are only evaluated during training" in refused.err
     assert run_cli("eval", text_file, "--run", dpo_run.path).code == 0
+
+
+def test_the_command_line_trains_a_model_that_chats_and_exports(run_cli: RunCli, recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "dpo.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    trained = run_cli("train", tmp_path / "dpo.yaml", "--out", tmp_path / "run", "--set", "training.steps=2", "--device", "cpu")
+    assert trained.code == 0
+    assert "the reference model is" in trained.err
+    assert "tinylm chat --run" in trained.err
+    assert "tinylm eval" not in trained.err
+    assert run_cli("chat", "--run", tmp_path / "run", stdin=b"Hello\n").code == 0
+    assert run_cli("export", tmp_path / "hf", "--to", "hf", "--run", tmp_path / "run").code == 0
+    assert "<|end_of_turn|>" in json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["chat_template"]

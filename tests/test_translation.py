@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import training_processes
 from pairs import REVERSE, reversed_pairs, write_jsonl
 from safetensors.torch import load_file
 
@@ -74,6 +75,12 @@ def test_resuming_an_interrupted_run_produces_bit_identical_weights(run: Run, tm
 def test_micro_batches_do_not_change_the_gradient(pairs_file: Path, run: Run, tmp_path: Path) -> None:
     train(_recipe(pairs_file, "training.micro_batch_size=16"), tmp_path / "whole", device="cpu")
     for name, tensor in _weights(Run.open(tmp_path / "whole")).items():
+        torch.testing.assert_close(tensor, _weights(run)[name], atol=2e-4, rtol=1e-3)
+
+
+def test_two_processes_with_accumulation_train_the_same_model(pairs_file: Path, run: Run, tmp_path: Path) -> None:
+    training_processes.run(_recipe(pairs_file, "training.micro_batch_size=4"), tmp_path / "both", world_size=2)
+    for name, tensor in _weights(Run.open(tmp_path / "both")).items():
         torch.testing.assert_close(tensor, _weights(run)[name], atol=2e-4, rtol=1e-3)
 
 

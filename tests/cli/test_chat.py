@@ -101,7 +101,7 @@ def test_data_show_rejects_other_objectives(run_cli: RunCli, tmp_path: Path) -> 
     (tmp_path / "labels.yaml").write_text(recipe)
     (tmp_path / "a.jsonl").write_text("")
     message = error_of(run_cli("data", "show", tmp_path / "labels.yaml", "--set", f"data.train={tmp_path / 'a.jsonl'}"))
-    assert message == "objective.name: must be causal_lm to show training examples, not classification"
+    assert message == "objective.name: must be causal_lm or dpo to show training examples, not classification"
 
 
 def test_eval_evaluates_answers_and_rejects_options_for_texts(run_cli: RunCli, run: Run, data: Path) -> None:

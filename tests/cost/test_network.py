@@ -84,8 +84,8 @@ def batch_and_size(loaded: Recipe, rows: int, vocab_size: int) -> tuple[Batch, E
         tokens[0, -1] = -1
         examples = {"tokens": tokens, "labels": np.zeros((rows, 1), dtype=np.int64)}
         return objectives.build(loaded.objective).batch(examples, 0, 0), size
-    targets = np.where(random.random(tokens.shape) < 0.15, tokens, -100)
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets)), size
+    masked = np.where(random.random(tokens.shape) < 0.15, tokens, -100)
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(masked)), size
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -104,7 +104,10 @@ def test_the_included_recipes_survive_a_round_trip(path: Path) -> None:
         ("model: {\n  architecture: zzz}", "my.yaml:4: model.architecture: must be {architectures}, not 'zzz'"),
         ("objective: causal_ml", "my.yaml:3: objective: must be {objectives}, not 'causal_ml' (did you mean causal_lm?)"),
         ("objective: {\n  name: zzz}", "my.yaml:4: objective: must be {objectives}, not 'zzz'"),
-        ("objective: {\n  share: 0.1}", "my.yaml:4: objective.share: unknown key (known keys: name, mask_prompt, teacher, teacher_weight)"),
+        (
+            "objective: {\n  share: 0.1}",
+            "my.yaml:4: objective.share: unknown key (known keys: name, mask_prompt, teacher, teacher_weight)",
+        ),
     ],
 )
 def test_unknown_architectures_and_objectives_are_rejected(line: str, expected: str) -> None:

@@ -52,6 +52,8 @@ wide feed-forward layer, and queries, keys and values."""
 
 ZOLOTAREV_BATCH = 6
 """Maximum number of matrices that Muon orthogonalizes together with a Zolotarev function. Larger batches are not faster."""
+LAPACK_ROWS = 48
+"""Larger matrices are inverted in blocks. LAPACK's small factorizations are far slower than matrix products."""
 MMAP_THRESHOLD = 32 << 20
 """Freed tensors of at least this many bytes are returned to the operating system (see `tinylm.training.out_of_memory`)."""
 FRAGMENTATION = 1.4
@@ -293,14 +295,14 @@ def muon_bytes(shapes: Counter[tuple[int, int]], optimizer: MuonOptimizer) -> in
     of the Newton-Schulz iteration. The iteration processes all matrices with the same shape as one stack. Its temporaries are the
     stack, the matrices before and after an iteration, and two Gram matrices. In bf16, the results are cast to float32 when the
     weights are updated. With a Zolotarev function, no orthogonalized updates are stored. Each matrix of a batch needs two Gram
-    matrices, and half as much memory to invert them.
+    matrices, and memory to invert them.
     """
     elements = sum(rows * columns * count for (rows, columns), count in shapes.items())
     if optimizer.orthogonalization == "zolotarev":
         counts: Counter[int] = Counter()
         for shape, count in shapes.items():
             counts[min(shape)] += count
-        return 4 * elements + max(12 * n * n * min(count, ZOLOTAREV_BATCH) for n, count in counts.items())
+        return 4 * elements + max((8 * n * n + _inverse_bytes(n)) * min(count, ZOLOTAREV_BATCH) for n, count in counts.items())
     bf16 = optimizer.computes_in_bf16
     e = 2 if bf16 else 4
     peak = done = 0
@@ -310,6 +312,15 @@ def muon_bytes(shapes: Counter[tuple[int, int]], optimizer: MuonOptimizer) -> in
         peak = max(peak, done + 3 * stack + grams)
         done += stack
     return 4 * elements + max(peak, done + (4 * elements if bf16 else 0))
+
+
+def _inverse_bytes(n: int) -> int:
+    """Return the peak bytes to invert two (n, n) matrices by blocks (see `tinylm.optim.zolotarev`)."""
+    if n <= LAPACK_ROWS:
+        return 2 * 16 * n * n  # each has factors, their inverse, an identity and a copy
+    half = n // 2
+    product = 2 * 4 * half * (n - half)
+    return max(_inverse_bytes(half), product + max(_inverse_bytes(n - half), product))
 
 
 def evaluation_bytes(model: TransformerSection, vocab_size: int) -> tuple[int, int]:

@@ -137,14 +137,12 @@ class NetworkCost(ABC, Generic[M]):
         return self.size.length
 
 
-
-
 def _cross_entropy_bytes(rows: int, width: int, vocab_size: int, config: PassConfig, *, smoothed: bool = False) -> int:
     """Return the peak bytes of `F.cross_entropy` on all logits of `rows` rows, and of its backward pass.
 
-    In the forward pass, the logits and their log-softmax exist together. In the backward pass, the gradients of the logits and of
-    the head do. With label smoothing (`smoothed`), the log-softmax and two gradients exist together. In 16-bit precision, the logits
-    and the head also exist in 16 bits.
+    In the forward pass, the logits and their log-softmax exist together. In the backward pass, the gradients of the logits and
+    of the head do. With label smoothing (`smoothed`), the log-softmax and two gradients exist together. In 16-bit precision, the
+    logits and the head also exist in 16 bits.
     """
     logits, head = rows * vocab_size, vocab_size * width
     casts = 2 * (logits + head) if config.e < 4 else 0
@@ -349,8 +347,10 @@ class EncoderDecoderCost(TranslatorCost[EncoderDecoderSection]):
         """The matrices of cross-attention in all decoder blocks."""
         stack, layers = self._decoder, self.model.decoder_layers
         queries, keys = stack.n_head * stack.head_width, stack.kv_heads * stack.head_width
-        return Counter({(queries, stack.n_embd): layers}) + Counter({(keys, stack.n_embd): 2 * layers}) + Counter(
-            {(stack.n_embd, queries): layers}
+        return (
+            Counter({(queries, stack.n_embd): layers})
+            + Counter({(keys, stack.n_embd): 2 * layers})
+            + Counter({(stack.n_embd, queries): layers})
         )
 
     @cached_property

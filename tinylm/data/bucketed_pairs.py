@@ -99,9 +99,7 @@ class BucketedPairs:
         self.examples_per_epoch = self._order.examples_per_epoch
         self.tokens_per_example = float(lengths.sum() / len(fitting))
         (target, source), (longest, longest_source) = self._order.padded_lengths(), lengths.max(axis=0)
-        self.example_size = ExampleSize(
-            self.tokens_per_example, float(target), int(longest), float(source), int(longest_source)
-        )
+        self.example_size = ExampleSize(self.tokens_per_example, float(target), int(longest), float(source), int(longest_source))
 
     def pair_indexes(self, start: int, count: int) -> np.ndarray:
         """Return the indexes of the pairs at positions [start, start + count), counting only pairs that fit."""

@@ -224,7 +224,7 @@ def _reorder_heads(weight: Tensor, model: DecoderSection) -> Tensor:
     rows = [model.n_head * width, model.kv_heads * width, model.kv_heads * width]
     if weight.shape[0] != sum(rows):
         return weight  # missing or of the wrong shape; the caller reports the error
-    queries, keys, values = weight.split(rows)
+    queries, keys, values = torch.split(weight, rows)
     parts = [part.view(-1, width, *part.shape[1:])[:, order].flatten(0, 1) for part in (queries, keys)]
     return torch.cat((*parts, values))
 
@@ -248,7 +248,7 @@ def split_fused(tensors: Mapping[str, Tensor], model: DecoderSection) -> dict[st
         if fused is None or not tensor.ndim or tensor.shape[0] != sum(rows[fused]):
             split[name] = tensor
             continue
-        for part, matrix in zip(_PHI3_FUSED_NAMES[fused], tensor.split(rows[fused]), strict=True):
+        for part, matrix in zip(_PHI3_FUSED_NAMES[fused], torch.split(tensor, rows[fused]), strict=True):
             split[name.replace(fused, part)] = matrix
     return split
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from tinylm.cost.memory import loss_chunk_rows
 from tinylm.model.cache import CacheRows
@@ -88,6 +89,7 @@ class Encoder(Transformer):
         n_last: int | None = None,
         added: Tensor | None = None,
         memory: Memory | None = None,
+        mask: Tensor | BlockMask | None = None,
         token_types: Tensor | None = None,
     ) -> Tensor:
         """Ids (B, T) -> final hidden states (B, T, C), the input of `logits`. `cache` and `memory` must be None."""
@@ -98,7 +100,7 @@ class Encoder(Transformer):
             added = vectors if added is None else added + vectors
         elif token_types is not None:
             raise ValueError("this encoder has no token types")
-        return super().hidden(tokens, segments=segments, n_last=n_last, added=added)
+        return super().hidden(tokens, segments=segments, n_last=n_last, added=added, mask=mask)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V)."""

@@ -2,8 +2,8 @@
 
 With `preset: transformer`, it matches MarianMTModel. Both stacks use the same blocks as the other transformers.
 
-Legend: `B` batch, `S` source time, `T` target time, `C` width, `R` rows, `N` sentences, `G` rows of a sentence, `K` key/value heads,
-`D` head width, `V` vocabulary.
+Legend: `B` batch, `S` source time, `T` target time, `C` width, `R` rows, `N` sentences, `G` rows of a sentence,
+`K` key/value heads, `D` head width, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ class _TargetState:
         for row, source in enumerate(sources):
             ids[row, : len(source)], segments[row, : len(source)] = source, 0
         size = max(1, _ENCODED_TOKENS // (length * unit)) * unit
-        chunks = zip(ids.split(size), segments.split(size), strict=True)
+        chunks = zip(torch.split(ids, size), torch.split(segments, size), strict=True)
         encoded = [self._network.memory_keys_values(self._network.encode(*chunk)) for chunk in chunks]
         layers = [[torch.cat(parts)[: len(sources)] for parts in zip(*layer, strict=True)] for layer in zip(*encoded, strict=True)]
         return (segments[: len(sources)] >= 0)[:, None, None], layers
@@ -233,8 +233,8 @@ class _TargetState:
 class _BeamCache:
     """The key/value cache that `Transformer.hidden` uses, for sentences with `G` rows each.
 
-    Rows are never copied. In each step, the keys and values of a sentence's rows are appended as G positions, and a mask contains the
-    positions that belong to each row or to the rows that it continues. A sentence has one row at first.
+    Rows are never copied. Each step appends the keys and values of a sentence's rows as G positions. A mask selects the positions
+    that belong to a row or to the rows that it continues. A sentence has one row at first.
     """
 
     def __init__(self, layers: int, sentences: int, device: torch.device) -> None:
@@ -257,8 +257,8 @@ class _BeamCache:
         if stored is None or stored[0].shape[1] < end:
             stored = self._stored[layer] = self._grown(stored, keys)
         for store, new in zip(stored, (keys, values), strict=True):
-            rows = new[: sentences * self.rows_per_source, :, 0]  # without rows of padding
-            store[:, end - self.rows_per_source : end] = rows.unflatten(0, (sentences, self.rows_per_source))
+            rows = new[: sentences * self.rows_per_source]  # without rows of padding
+            store[:, end - self.rows_per_source : end] = rows.reshape(sentences, self.rows_per_source, *store.shape[2:])
         return stored[0][:, :end].transpose(1, 2), stored[1][:, :end].transpose(1, 2)
 
     def _grown(self, stored: list[Tensor] | None, keys: Tensor) -> list[Tensor]:
@@ -287,7 +287,10 @@ class _BeamCache:
 
 
 def _kept(stored: Tensor, sources: Sequence[int]) -> Tensor:
-    """Move the rows at indices `sources` to the front of the tensor, and return a view of them. Rows already in place are not copied."""
+    """Move the rows at indices `sources` to the front of the tensor, and return a view of them.
+
+    Rows that are already in place are not copied.
+    """
     moved = [place for place, source in enumerate(sources) if place != source]
     if moved:
         stored[moved] = stored[[sources[place] for place in moved]]

@@ -124,11 +124,13 @@ class Attention(nn.Module):
         """(B, T, C) -> (B, T, C) and the values (B, S, K, D), excluding cached values.
 
         `kv_source` (B, S, C): the input for keys and values (default: `x`). `mask` broadcasts to (B, H, T, S); True means that a
-        query can attend to a key. If the keys have fewer rows than `x` (B, 1, C), each row of keys (with its `mask` (N, 1, G, S))
-        belongs to the next G rows of `x`. `causal`: position t attends to the cached positions and to positions up to t. In a block with
+        query can attend to a key. `causal`: position t attends to the cached positions and to positions up to t. In a block with
         an attention window, a query attends only to keys less than `window` positions away. `added_values` (B, S, K, D) are added
         to the values. `first_values` (B, S, K, D) are interpolated with the values. `n_last`: return only the last `n_last`
         positions. `keys_values`: the result of `project_keys_values`, which replaces `kv_source`.
+
+        The cache and `keys_values` can have N rows of keys and values that are each shared by G rows of `x` (B, 1, C). Then `mask`
+        is (N, 1, G, S).
         """
         T = x.shape[1]
         if keys_values is not None:
@@ -146,10 +148,10 @@ class Attention(nn.Module):
             return self._project_output(block_masked_attention(q, k, v, mask)), values
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # S now includes the cached positions
-        rows = len(q)
-        if len(k) != rows:
+        rows, groups = q.shape[0], k.shape[0]  # `len` would make the batch size constant in an exported graph
+        if groups != rows:
             assert mask is not None
-            q, T = _grouped(q, len(k), mask.shape[2]), mask.shape[2]
+            q, T = _grouped(q, groups, mask.shape[2]), mask.shape[2]
         if n_last is not None:
             q, T = q[:, :, -n_last:], min(n_last, T)
             mask = None if mask is None else mask[..., -n_last:, :]
@@ -182,7 +184,7 @@ class Attention(nn.Module):
                 dropout_p=self.dropout if self.training else 0.0,
                 enable_gqa=grouped,
             )  # (B, H, T, D)
-        if len(attended) != rows:
+        if groups != rows:
             attended = _ungrouped(attended, rows)
         return self._project_output(attended), values
 
@@ -257,7 +259,7 @@ class Attention(nn.Module):
 
 def _grouped(q: Tensor, groups: int, size: int) -> Tensor:
     """Queries (R, H, 1, D) -> (groups, H, size, D). Rows after the last group are padding."""
-    return q[: groups * size, :, 0].unflatten(0, (groups, size)).transpose(1, 2)
+    return q[: groups * size, :, 0].reshape(groups, size, q.shape[1], q.shape[3]).transpose(1, 2)
 
 
 def _ungrouped(attended: Tensor, rows: int) -> Tensor:

@@ -54,8 +54,9 @@ class WeightAverage:
     @torch.no_grad()
     def _swap(self) -> None:
         for module in self._network.modules():
-            if hasattr(module, "reshard"):  # FSDP would otherwise reuse the weights that it gathered before the swap
-                module.reshard()
+            reshard: Any = getattr(module, "reshard", None)
+            if reshard is not None:  # FSDP would otherwise reuse the weights that it gathered before the swap
+                reshard()
         for parameter, average in self._averages.items():
             weight = _local(parameter)
             trained = weight.clone()

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from tinylm.cost.memory import ZOLOTAREV_BATCH
+from tinylm.cost.memory import LAPACK_ROWS, ZOLOTAREV_BATCH
 
 LOWER_BOUND = 0.005
 """The smallest singular value, relative to the Frobenius norm, that is brought close to 1."""
@@ -23,8 +23,6 @@ ALPHA = 0.849001603
 TERMS = ((0.0172780144, 7.853246321e-05), (0.2377250614, 0.01920639484))
 """(beta, shift) for each term of f: the partial fractions of equation 3.4 in the paper with r = 2 and l = `LOWER_BOUND`."""
 
-_LAPACK_ROWS = 48
-"""Larger matrices are inverted in blocks. LAPACK's small factorizations are far slower than matrix products."""
 _GRAM_ROWS = 96
 """The smallest number of rows of a Gram matrix that are computed by one matrix product."""
 
@@ -112,7 +110,7 @@ def _invert(matrices: Tensor) -> None:
     The first half of the rows is read, and of the other half, recursively, the columns on the right.
     """
     n = matrices.shape[-1]
-    if n <= _LAPACK_ROWS:
+    if n <= LAPACK_ROWS:
         factors = torch.linalg.cholesky_ex(matrices)[0]
         identity = torch.eye(n, dtype=matrices.dtype, device=matrices.device).expand_as(matrices)
         inverse_factors = torch.linalg.solve_triangular(factors, identity, upper=False)

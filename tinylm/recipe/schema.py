@@ -356,8 +356,8 @@ class CausalLMObjective(ObjectiveVariant):
     """With the chat format, compute the loss only on the assistant's messages and end-of-turn tokens. If false, compute it on all
     messages."""
     teacher: RunPaths = ()
-    """Runs to distill (Hinton et al. 2015): the model also learns to predict the mean of their probabilities. The best checkpoint of
-    each run is used, or the one whose folder the path names. The runs must have this recipe's tokenizer."""
+    """Runs to distill (Hinton et al. 2015): the model also learns to predict the mean of their probabilities. The best checkpoint
+    of each run is used, or the one whose folder the path names. The runs must have this tokenizer."""
     teacher_weight: ShareAboveZero = 0.5
     """The share `w` of the teacher in the loss, which is `(1 - w)` times the cross-entropy plus `w` times the Kullback-Leibler
     divergence from the teachers' distribution to the model's."""

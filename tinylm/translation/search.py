@@ -247,7 +247,7 @@ def _without_gaps(kept: Sequence[bool]) -> list[int]:
 
 
 def top_extensions(logprobs: Tensor, totals: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the `count` most likely extensions of each sentence's beams, best first: their totals and their indices beam * V + token.
+    """Return the `count` most likely extensions of each sentence's beams, best first: totals and indices (beam * V + token).
 
     `logprobs` (N * beams, V) are the log-probabilities of the next tokens, and `totals` (N, beams) those of the beams. With a large
     vocabulary, `topk` is slow. Therefore, the maxima of blocks of tokens are computed first, because the `count` largest elements
@@ -259,7 +259,7 @@ def top_extensions(logprobs: Tensor, totals: Tensor, count: int) -> tuple[Tensor
     if count > beams * blocks:
         top = (logprobs.view(sentences, beams, -1) + totals[..., None]).flatten(1).topk(min(count, beams * vocab_size), dim=1)
         return top.values, top.indices
-    maxima = logprobs[:, : _BLOCK * blocks].unflatten(1, (_BLOCK, blocks)).amax(dim=1) + totals.view(-1, 1)  # (N * beams, blocks)
+    maxima = logprobs[:, : _BLOCK * blocks].view(-1, _BLOCK, blocks).amax(dim=1) + totals.view(-1, 1)  # (N * beams, blocks)
     best = maxima.view(sentences, -1).topk(count, dim=1, sorted=False).indices  # (N, count)
     steps = torch.arange(0, _BLOCK * blocks, blocks, device=logprobs.device)
     in_blocks = (best // blocks * vocab_size + best % blocks)[..., None] + steps  # (N, count, block)
