@@ -1,7 +1,7 @@
 """Benchmark encoders and classifiers.
 
     python benchmarks/encoders.py masked [SOURCE] [--minutes 3] [--width 192] [--layers 4] [--seeds 3]
-    python benchmarks/encoders.py labels FILE [--epochs 6] [--shares 0.01 0.1 1.0] [--vectors-from SOURCE] [--init-from RUN]
+    python benchmarks/encoders.py labels FILE [--epochs 8] [--shares 0.01 0.1 1.0] [--vectors-from SOURCE] [--init-from RUN]
     python benchmarks/encoders.py debian FILE [--descriptions FILE]
     python benchmarks/encoders.py newsgroups TRAIN.tab TEST.tab FOLDER
     python benchmarks/encoders.py throughput FILE [--texts 2000]
@@ -174,7 +174,8 @@ def train_vectors(source: str, epochs: int, folder: Path) -> tuple[str, str]:
     tokenizer, recipe, vectors = folder / "tokenizer.json", folder / "vectors.yaml", folder / "vectors"
     special = [argument for token in ("[CLS]", "[SEP]", "[MASK]", "[PAD]") for argument in ("--special", token)]
     tinylm = [sys.executable, "-m", "tinylm"]
-    subprocess.run([*tinylm, "tokenize", "train", source, "--out", tokenizer, "--vocab-size", "24000", *special], check=True)
+    kind = ["--kind", "wordpiece", "--normalize", "lowercase", "--vocab-size", "24000"]
+    subprocess.run([*tinylm, "tokenize", "train", source, "--out", tokenizer, *kind, *special], check=True)
     recipe.write_text(VECTORS.format(source=source, tokenizer=tokenizer, epochs=epochs), encoding="utf-8")
     subprocess.run([*tinylm, "train", recipe, "--out", vectors, "--quiet"], check=True)
     return f"tokenizer: {{path: {tokenizer}}}", str(vectors / "vectors.safetensors")
@@ -286,10 +287,10 @@ def main() -> None:
     masked_command.set_defaults(run=compare_masked)
     labels_command = commands.add_parser("labels")
     labels_command.add_argument("file")
-    labels_command.add_argument("--epochs", type=float, default=6)
-    labels_command.add_argument("--token-dropout", type=float, default=0.1)
+    labels_command.add_argument("--epochs", type=float, default=8)
+    labels_command.add_argument("--token-dropout", type=float, default=0.15)
     labels_command.add_argument("--vectors-from")
-    labels_command.add_argument("--vector-epochs", type=int, default=4)
+    labels_command.add_argument("--vector-epochs", type=int, default=6)
     labels_command.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.1, 1.0])
     labels_command.add_argument("--init-from")
     labels_command.set_defaults(run=compare_labels)

@@ -197,6 +197,7 @@ CHANGES = [
     {"feed_forward": "swiglu"},
     {"feed_forward_multiple": 2.0},
     {"bias": True},
+    {"head_bias": True},
     {"tie_embeddings": True},
     {"qk_norm": False},
     {"embedding_norm": False},

@@ -294,15 +294,14 @@ def muon_bytes(shapes: Counter[tuple[int, int]], optimizer: MuonOptimizer) -> in
     They consist of the float32 updates before orthogonalization, the updates that are already orthogonalized, and the temporaries
     of the Newton-Schulz iteration. The iteration processes all matrices with the same shape as one stack. Its temporaries are the
     stack, the matrices before and after an iteration, and two Gram matrices. In bf16, the results are cast to float32 when the
-    weights are updated. With a Zolotarev function, no orthogonalized updates are stored. Each matrix of a batch needs two Gram
-    matrices, and memory to invert them.
+    weights are updated. With a Zolotarev function, each matrix of a batch needs two Gram matrices, and memory to invert them.
     """
     elements = sum(rows * columns * count for (rows, columns), count in shapes.items())
     if optimizer.orthogonalization == "zolotarev":
         counts: Counter[int] = Counter()
         for shape, count in shapes.items():
             counts[min(shape)] += count
-        return 4 * elements + max((8 * n * n + _inverse_bytes(n)) * min(count, ZOLOTAREV_BATCH) for n, count in counts.items())
+        return 8 * elements + max((8 * n * n + _inverse_bytes(n)) * min(count, ZOLOTAREV_BATCH) for n, count in counts.items())
     bf16 = optimizer.computes_in_bf16
     e = 2 if bf16 else 4
     peak = done = 0

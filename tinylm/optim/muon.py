@@ -141,10 +141,6 @@ class Muon(torch.optim.Optimizer):
             return
         updates = self._nesterov(parameters, group)
         decay = group["lr"] * group["weight_decay"]
-        is_cautious = bool(decay and group["cautious"])
-        if group["orthogonalization"] == "zolotarev" and self._mesh is None and self.found_inf is None and not is_cautious:
-            self._zolotarev_step(parameters, updates, group)
-            return
         directions = self._directions(parameters, updates, group)
         weights = [_local(parameter) for parameter in parameters]
         shrink: float | Tensor = 1 - decay
@@ -153,20 +149,12 @@ class Muon(torch.optim.Optimizer):
             # Both factors have the dtype of the tensors they scale. If not, _foreach_mul_ launches one kernel per tensor on CUDA.
             shrink = (1 - decay * usable).to(weights[0].dtype)
             torch._foreach_mul_(directions, usable.to(directions[0].dtype))
-        if is_cautious:  # if the update is skipped, all directions are zero, so no weight decays
+        if decay and group["cautious"]:  # if the update is skipped, all directions are zero, so no weight decays
             for weight, direction in zip(weights, directions, strict=True):
                 weight.addcmul_(weight, (weight * direction > 0).to(weight.dtype), value=-decay)
         elif decay:
             torch._foreach_mul_(weights, shrink)
         torch._foreach_add_(weights, directions, alpha=-group["lr"])
-
-    def _zolotarev_step(self, parameters: list[Tensor], updates: Sequence[Tensor], group: dict[str, Any]) -> None:
-        """Subtract the orthogonalized updates from the weights without storing them, which saves passes through the memory."""
-        pairs = [(p.data, update.to(self._dtype), self._row_blocks(p)) for p, update in zip(parameters, updates, strict=True)]
-        weights = [block for weight, _, blocks in pairs for block in torch.split(weight, list(blocks))]
-        matrices = [block for _, update, blocks in pairs for block in torch.split(update, list(blocks))]
-        factors = [group["lr"] * _scale(matrix) for matrix in matrices]
-        zolotarev.subtract_orthogonalized(weights, matrices, factors, 1 - group["lr"] * group["weight_decay"])
 
     def _nesterov(self, parameters: list[Tensor], group: dict[str, Any]) -> tuple[Tensor, ...]:
         """Update the momentum buffers and return the Nesterov update for each parameter or for this process's shard of it."""
@@ -227,7 +215,7 @@ class Muon(torch.optim.Optimizer):
         matrices = [matrix for update, blocks in updates for matrix in torch.split(update, list(blocks))]
         if group["orthogonalization"] == "zolotarev":
             orthogonal = zolotarev.orthogonalize([matrix.to(self._dtype) for matrix in matrices])
-            results = iter([result * _scale(result) for result in orthogonal])
+            results = iter([result.mul_(_scale(result)) for result in orthogonal])
         else:
             results = iter(orthogonalize_all(matrices, group["steps"], group["coefficients"], self._dtype, scale=True))
         return [torch.cat([next(results) for _ in blocks]) if len(blocks) > 1 else next(results) for _, blocks in updates]

@@ -27,7 +27,7 @@ _GRAM_ROWS = 96
 """The smallest number of rows of a Gram matrix that are computed by one matrix product."""
 
 
-def transforms(matrices: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+def _transforms(matrices: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
     """Yield the index of each matrix X, (R, C), with a matrix Q, (n, n).
 
     The orthogonalized matrix is `X @ Q` if X has more rows than columns, and `Q @ X` otherwise. Only this product and the Gram
@@ -45,23 +45,10 @@ def transforms(matrices: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
 def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
     """Orthogonalize (R, C) matrices. The results are `U f(S) V^T` for matrices with the singular value decomposition `U S V^T`."""
     results = list(matrices)
-    for index, transform in transforms(matrices):
+    for index, transform in _transforms(matrices):
         matrix = matrices[index]
         results[index] = matrix @ transform if _is_tall(matrix) else transform @ matrix
     return results
-
-
-def subtract_orthogonalized(
-    weights: Sequence[Tensor], updates: Sequence[Tensor], factors: Sequence[float], weight_factor: float
-) -> None:
-    """Multiply each weight by `weight_factor` and subtract its orthogonalized update, multiplied by one of `factors`, in place.
-
-    The orthogonalized updates are never stored.
-    """
-    for index, transform in transforms(updates):
-        update = updates[index]
-        left, right = (update, transform) if _is_tall(update) else (transform, update)
-        weights[index].addmm_(left, right, beta=weight_factor, alpha=-factors[index])
 
 
 def _is_tall(matrix: Tensor) -> bool:
