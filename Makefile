@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_RUN := runs/quickstart
+# One more than there are cores, because many tests wait for other processes.
+TEST_WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
 .PHONY: help demo test check docs examples clean
 
@@ -37,7 +39,7 @@ demo: $(VENV)/installed
 	@echo "  $(BIN)/tinylm --help"
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
