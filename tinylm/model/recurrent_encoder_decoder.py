@@ -1,7 +1,7 @@
 """Recurrent networks for translation (Sutskever et al. 2014), with additive attention (Bahdanau et al. 2015).
 
 An encoder reads the source. A decoder predicts the target from the encoder's last state and, with attention, from a weighted mean
-of the encoder's outputs, which it computes anew at each position.
+of the encoder's outputs, which it computes at each position.
 
 Legend: `B` batch, `S` source time, `T` target time, `C` width, `M` width of the encoder's outputs, `L` layers, `Z` vectors in a
 layer's state (2 for an LSTM: output and cell), `R` rows, `V` vocabulary.

@@ -10,7 +10,7 @@ Legend: `N` matrices, each with `R` rows and `C` columns; `n` is the smaller of 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,27 +27,23 @@ _GRAM_ROWS = 96
 """The smallest number of rows of a Gram matrix that are computed by one matrix product."""
 
 
-def _transforms(matrices: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """Yield the index of each matrix X, (R, C), with a matrix Q, (n, n).
+def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Orthogonalize (R, C) matrices. The results are `U f(S) V^T` for matrices with the singular value decomposition `U S V^T`.
 
-    The orthogonalized matrix is `X @ Q` if X has more rows than columns, and `Q @ X` otherwise. Only this product and the Gram
-    matrix of X involve the long side of X.
+    Each result is `X @ Q` if X has more rows than columns, and `Q @ X` otherwise. Only this product and the Gram matrix of X
+    involve the long side of X.
     """
     indices_by_size: dict[int, list[int]] = defaultdict(list)
     for index, matrix in enumerate(matrices):
         indices_by_size[min(matrix.shape)].append(index)
+    results = list(matrices)
     for indices in indices_by_size.values():
         for start in range(0, len(indices), ZOLOTAREV_BATCH):
             batch = indices[start : start + ZOLOTAREV_BATCH]
-            yield from zip(batch, _transform_batch([_wide(matrices[index]) for index in batch]), strict=True)
-
-
-def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Orthogonalize (R, C) matrices. The results are `U f(S) V^T` for matrices with the singular value decomposition `U S V^T`."""
-    results = list(matrices)
-    for index, transform in _transforms(matrices):
-        matrix = matrices[index]
-        results[index] = matrix @ transform if _is_tall(matrix) else transform @ matrix
+            transforms = _transform_batch([_wide(matrices[index]) for index in batch])
+            for index, transform in zip(batch, transforms, strict=True):
+                matrix = matrices[index]
+                results[index] = matrix @ transform if _is_tall(matrix) else transform @ matrix
     return results
 
 
