@@ -10,24 +10,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import tiny_recipe
+from conftest import StopAt, tiny_recipe
 
 from tinylm.errors import InputError
 from tinylm.pipeline import train
 from tinylm.run import Run
 from tinylm.training import tracking
-from tinylm.training.metrics import Observer, StepEvent
-
-
-class StopAt(Observer):
-    """Stop training after a given step."""
-
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def step(self, event: StepEvent) -> None:
-        if event.step == self._step:
-            self.request_stop()
+from tinylm.training.metrics import Observer
 
 
 def logged(run: Path) -> dict[tuple[str, int], float]:

@@ -173,6 +173,35 @@ LossFunction = Callable[[Tensor, Tensor, float | None], tuple[Tensor, Tensor]]
 """Logits (N, V), targets (N,) and the soft-cap -> losses (N,) and the gradients with respect to the logits (N, V)."""
 
 
+def _add_chunks(
+    sums: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    matrix: Tensor,
+    chunk: int,
+    compute: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Add the losses to `sums` chunk by chunk, and return their gradients with respect to `hidden` (N, C) and `weight` (V, C).
+
+    `matrix` is `weight` in the dtype of the matrix products. For the hidden states (chunk, C) of some rows, `compute` returns the
+    losses (..., chunk) and their gradients with respect to the logits (chunk, V).
+    """
+    hidden_gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+    weight_gradient = torch.zeros_like(weight) if weight.requires_grad else None
+    for start in range(0, hidden.shape[0], chunk):
+        rows = slice(start, start + chunk)
+        states = hidden[rows].to(matrix.dtype)  # (chunk, C)
+        losses, logit_gradients = compute(states, rows)
+        sums += losses.sum(dim=-1)
+        logit_gradients = logit_gradients.to(matrix.dtype)  # (chunk, V)
+        if hidden_gradient is not None:
+            hidden_gradient[rows] = logit_gradients @ matrix
+        if weight_gradient is not None:
+            _add_product(weight_gradient, logit_gradients.T, states)
+        del logit_gradients  # free it before the next chunk's logits are allocated
+    return hidden_gradient, weight_gradient
+
+
 class _SummedCrossEntropy(torch.autograd.Function):
     """Computes the loss and the gradients together, chunk by chunk. Saves only the gradients of the inputs."""
 
@@ -192,28 +221,18 @@ class _SummedCrossEntropy(torch.autograd.Function):
             chunk = fused_loss_rows(hidden.shape[0], weight.shape[0], chunk)
         if dtype == torch.float16:
             chunk = min(chunk, LOSS_ROWS_FP16)
-        matrix = weight.detach().to(dtype)
-        total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
-        hidden_gradient = torch.empty_like(hidden) if hidden.requires_grad else None
-        weight_gradient = torch.zeros_like(weight) if weight.requires_grad else None
-        for start in range(0, hidden.shape[0], chunk):
-            rows = slice(start, start + chunk)
-            states = hidden[rows].to(dtype)  # (chunk, C)
+        matrix, loss_dtype = weight.detach().to(dtype), torch.promote_types(dtype, torch.float32)
+
+        def compute(states: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
             if fused is not None:
-                losses, logit_gradients = fused(states @ matrix.T, targets[rows], cap)
-            else:
-                # Cast before the call. While torch.compile's frame evaluator is installed (even after a failed compilation), the
-                # caller keeps a call's arguments alive until the call returns. A cast inside the function would therefore keep
-                # the 16-bit product in memory together with its float32 copy.
-                losses, logit_gradients = _losses_and_logit_gradients((states @ matrix.T).to(total.dtype), targets[rows], cap)
-            total += losses.sum()
-            logit_gradients = logit_gradients.to(dtype)  # (chunk, V)
-            if hidden_gradient is not None:
-                hidden_gradient[rows] = logit_gradients @ matrix
-            if weight_gradient is not None:
-                _add_product(weight_gradient, logit_gradients.T, states)
-            del logit_gradients  # free it before the next chunk's logits are allocated
-        ctx.save_for_backward(hidden_gradient, weight_gradient)
+                return fused(states @ matrix.T, targets[rows], cap)
+            # Cast before the call. While torch.compile's frame evaluator is installed (even after a failed compilation), the
+            # caller keeps a call's arguments alive until the call returns. A cast inside the function would therefore keep
+            # the 16-bit product in memory together with its float32 copy.
+            return _losses_and_logit_gradients((states @ matrix.T).to(loss_dtype), targets[rows], cap)
+
+        total = torch.zeros((), dtype=loss_dtype, device=hidden.device)
+        ctx.save_for_backward(*_add_chunks(total, hidden, weight, matrix, chunk, compute))
         return total
 
     @staticmethod
@@ -252,28 +271,15 @@ class _SummedDistillation(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         if dtype == torch.float16:
             chunk = min(chunk, LOSS_ROWS_FP16)
-        matrix = weight.detach().to(dtype)
-        terms = torch.zeros(2, dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
-        hidden_gradient = torch.empty_like(hidden) if hidden.requires_grad else None
-        weight_gradient = torch.zeros_like(weight) if weight.requires_grad else None
-        for start in range(0, hidden.shape[0], chunk):
-            rows = slice(start, start + chunk)
-            states = hidden[rows].to(dtype)  # (chunk, C)
-            losses, logit_gradients = _distillation_losses_and_logit_gradients(
-                (states @ matrix.T).to(terms.dtype),
-                targets[rows],
-                teacher.probabilities(rows).to(terms.dtype),
-                teacher.weight,
-                cap,
-            )
-            terms += losses.sum(dim=1)
-            logit_gradients = logit_gradients.to(dtype)  # (chunk, V)
-            if hidden_gradient is not None:
-                hidden_gradient[rows] = logit_gradients @ matrix
-            if weight_gradient is not None:
-                _add_product(weight_gradient, logit_gradients.T, states)
-            del logit_gradients
-        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        matrix, loss_dtype = weight.detach().to(dtype), torch.promote_types(dtype, torch.float32)
+
+        def compute(states: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            probabilities = teacher.probabilities(rows).to(loss_dtype)
+            logits = (states @ matrix.T).to(loss_dtype)
+            return _distillation_losses_and_logit_gradients(logits, targets[rows], probabilities, teacher.weight, cap)
+
+        terms = torch.zeros(2, dtype=loss_dtype, device=hidden.device)
+        ctx.save_for_backward(*_add_chunks(terms, hidden, weight, matrix, chunk, compute))
         ctx.mark_non_differentiable(terms)
         return (1 - teacher.weight) * terms[0] + teacher.weight * terms[1], terms
 
