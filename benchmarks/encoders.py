@@ -39,6 +39,7 @@ import torch
 
 from tinylm import pipeline
 from tinylm.data import formats, labels
+from tinylm.ensemble import Ensemble
 from tinylm.evaluation import masked
 from tinylm.evaluation.classify_texts import TextClassifier
 from tinylm.evaluation.evaluate_classifier import evaluate_classifier
@@ -258,7 +259,7 @@ def compare_throughput(arguments: argparse.Namespace) -> None:
         pipeline.train(recipe, Path(folder, "run"), device="cpu")
         run = Run.open(Path(folder, "run"))
         export(run, "hf", Path(folder, "exported"))
-        ours = TextClassifier(run, run.checkpoint(), torch.device("cpu"))
+        ours = TextClassifier(Ensemble.of([run]), torch.device("cpu"))
         theirs = transformers.pipeline("text-classification", model=str(Path(folder, "exported")), device="cpu", batch_size=32)
         rates: dict[str, list[float]] = {"tinylm": [], "transformers": []}
         for _ in range(arguments.rounds):

@@ -128,7 +128,7 @@ def speed(rounds: int, steps: int, tokens: int) -> None:
             print(f"{name:14} {a:9.1f} {b:9.1f} {training_ratio:7.2f}   {c:12.0f} {d:9.0f} {sampling_ratio:7.1f}", flush=True)
 
 
-def climb(text: str, minutes: str, seed: int, settings: list[str], out: Path) -> list[dict[str, object]]:
+def run_ladder(text: str, minutes: str, seed: int, settings: list[str], out: Path) -> list[dict[str, object]]:
     """Run `tinylm ladder` and return the rows of its table. A ladder that is already finished is not trained again."""
     command = [sys.executable, "-m", "tinylm", "ladder", text, "--minutes", minutes, "--seed", str(seed), "--json"]
     command += ["--out", str(out / f"{Path(text).stem}-{seed}"), *(part for setting in settings for part in ("--set", setting))]
@@ -139,7 +139,7 @@ def climb(text: str, minutes: str, seed: int, settings: list[str], out: Path) ->
 
 def texts(sources: list[str], minutes: str, seeds: list[int], settings: list[str], out: Path) -> None:
     for text in sources:
-        ladders = [climb(text, minutes, seed, settings, out) for seed in seeds]
+        ladders = [run_ladder(text, minutes, seed, settings, out) for seed in seeds]
         print(f"\n{text}: {minutes} minutes of training in total, seeds {' '.join(map(str, seeds))}")
         print("model       parameters  bits per byte  range over seeds     95% interval of the first seed")
         for rows in zip(*ladders, strict=True):

@@ -1,4 +1,4 @@
-"""Compare the roofline model of `tinylm.cost.accelerators` with published training runs, and print the error for each run.
+"""Compare the roofline model of `tinylm.cost` with published training runs, and print the error for each run.
 
 The source of each run specifies its architecture, batch size, device, and execution mode. If a source is incomplete, a note lists
 the assumptions. The constants in `tinylm.cost.accelerators` were not fitted to these runs, with one exception: MATMUL_EFFICIENCY
@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from tinylm.cost.accelerators import elementwise_bytes, find, matmul_bytes, state_bytes, step_seconds
+from tinylm.cost.cluster import BACKWARD_FRACTION, Cluster, Layers, Passes, Strategy, exposed_seconds
 from tinylm.cost.parameters import flops_per_token, parameter_counts
 from tinylm.recipe.schema import DecoderSection
 
@@ -35,6 +36,7 @@ class Run:
     compiled: bool = True
     stream_bytes: int = 4
     """Bytes per element of the residual stream."""
+    strategy: Strategy = "ddp"
     note: str = ""
 
 
@@ -168,6 +170,7 @@ RUNS = (
         2,
         50_368,
         False,
+        strategy="fsdp",
         note="eager, FSDP",
     ),
     Run(
@@ -182,6 +185,7 @@ RUNS = (
         2,
         50_368,
         False,
+        strategy="fsdp",
         note="as above",
     ),
     Run(
@@ -196,6 +200,7 @@ RUNS = (
         4,
         50_368,
         False,
+        strategy="fsdp",
         note="as above",
     ),
     Run(
@@ -210,6 +215,7 @@ RUNS = (
         1,
         50_368,
         False,
+        strategy="fsdp",
         note="as above",
     ),
     Run(
@@ -228,22 +234,59 @@ RUNS = (
 )
 
 
+def layers(model: DecoderSection, vocab_size: int) -> Layers:
+    """Return how the parameters of a model are distributed over its layers."""
+    counts = parameter_counts(model, vocab_size)
+    outside = counts["embedding"] + counts["positions"] + counts["tables"]
+    blocks = counts["matrices"] + counts["rest"]
+    share = 6 * vocab_size * model.n_embd / flops_per_token(model, vocab_size)
+    return Layers(model.n_layer, blocks / model.n_layer, counts["head"], outside, share)
+
+
+def simulated_seconds(
+    model: DecoderSection,
+    cluster: Cluster,
+    tokens: int,
+    *,
+    vocab_size: int = 50_304,
+    micro_batches: int = 1,
+    compiled: bool = True,
+    stream_bytes: int = 4,
+    strategy: Strategy = "ddp",
+    reduce_bytes: int = 4,
+    recomputed: float = 0.0,
+) -> float:
+    """Return the predicted seconds of a step in bf16. `recomputed` is the fraction of the forward pass that runs twice."""
+    parts = layers(model, vocab_size)
+    factor = 1 + recomputed * (1 - BACKWARD_FRACTION)
+    elementwise = elementwise_bytes(model, vocab_size, "bf16", compiled=compiled, stream_bytes=stream_bytes)
+    shards = cluster.gpus if strategy == "fsdp" else 1
+    computed = step_seconds(
+        cluster.accelerator,
+        cluster.gpus,
+        "bf16",
+        matmul_flops=factor * tokens * flops_per_token(model, vocab_size),
+        matmul_bytes=factor * tokens * matmul_bytes(model, vocab_size, "bf16"),
+        elementwise_bytes=factor * tokens * elementwise,
+        state_bytes=state_bytes(round(parts.parameters), micro_batches, "bf16", shards=shards),
+    )
+    backward = 1 - (1 - BACKWARD_FRACTION) / factor
+    passes = Passes(computed.passes, micro_batches, reduce_bytes=reduce_bytes, backward_fraction=backward)
+    return computed.total + exposed_seconds(cluster, parts, passes, strategy)
+
+
 def predicted_seconds(run: Run) -> float:
     """Return the predicted seconds per optimizer step."""
-    model = DecoderSection.model_validate(run.model)
-    parameters = sum(parameter_counts(model, run.vocab_size).values())
-    tokens = run.tokens_per_step
-    return step_seconds(
-        find(run.hardware),
-        run.devices,
-        "bf16",
-        matmul_flops=tokens * flops_per_token(model, run.vocab_size),
-        matmul_bytes=tokens * matmul_bytes(model, run.vocab_size, "bf16"),
-        elementwise_bytes=tokens
-        * elementwise_bytes(model, run.vocab_size, "bf16", compiled=run.compiled, stream_bytes=run.stream_bytes),
-        state_bytes=state_bytes(parameters, run.micro_batches, "bf16"),
-        gradient_bytes=4 * parameters,
-    ).total
+    return simulated_seconds(
+        DecoderSection.model_validate(run.model),
+        Cluster(find(run.hardware), run.devices),
+        run.tokens_per_step,
+        vocab_size=run.vocab_size,
+        micro_batches=run.micro_batches,
+        compiled=run.compiled,
+        stream_bytes=run.stream_bytes,
+        strategy=run.strategy,
+    )
 
 
 def main() -> None:

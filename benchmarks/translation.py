@@ -2,7 +2,7 @@
 
     python benchmarks/translation.py quality --minutes 20 --seeds 3      # transformers, recurrent networks and baselines
     python benchmarks/translation.py joeynmt --minutes 20                # the same pairs, training time and number of parameters
-    python benchmarks/translation.py decoding --run runs/NAME            # beam 5, batch 32, on held-out sentences
+    python benchmarks/translation.py decoding --run runs/NAME            # beam 5, batch 32, on held-out sentences, one thread
     python benchmarks/translation.py invariance --run runs/NAME          # one sentence at a time and in batches of 32
 
 The runs of the systems are interleaved. JoeyNMT runs in its own process, with the Python interpreter of --joey-python.
@@ -22,6 +22,8 @@ import torch
 
 from tinylm.data import formats
 from tinylm.interchange import marian
+from tinylm.model import compiled_translation
+from tinylm.model.compiled_translation import CompiledTranslation
 from tinylm.pipeline import train
 from tinylm.recipe import load
 from tinylm.reporting import Reporter
@@ -172,6 +174,9 @@ def decoding(run: Run, sentences: int, beams: int, batch_size: int, ct2_converte
     import transformers
 
     translator = Translator.open(run, device="cpu")
+    marian.check_exportable(run.recipe.model, translator.framing.source_tokenizer is not translator.framing.target_tokenizer)
+    compiled_translation.load_code(print)
+    compiled = CompiledTranslation(translator.network)
     pairs = evaluation_pairs(run, (), "heldout", Printer())[:sentences]
     framing = translator.framing
     sources = [framing.source(framing.source_tokenizer.encode(pair.source)[: framing.source_limit]) for pair in pairs]
@@ -180,7 +185,8 @@ def decoding(run: Run, sentences: int, beams: int, batch_size: int, ct2_converte
         folder.mkdir()
         marian.write(folder, translator, "", "f32")
         other = marian.load(folder)
-        systems = {"tinylm": lambda: _tinylm(translator, sources, beams, batch_size)}
+        systems = {"tinylm": lambda: _tinylm(translator, sources, beams, batch_size, compiled)}
+        systems["tinylm with PyTorch"] = lambda: _tinylm(translator, sources, beams, batch_size, None)
         systems["transformers"] = lambda: _transformers(other, sources, beams, batch_size)
         if ctranslate2 := _ctranslate2(folder, ct2_converter):
             systems["CTranslate2"] = lambda: _run_ctranslate2(ctranslate2, framing, pairs, beams, batch_size)
@@ -196,9 +202,10 @@ def decoding(run: Run, sentences: int, beams: int, batch_size: int, ct2_converte
         print(f"{name}: {rate:,.0f} tokens/s, {rate / rates['transformers']:.2f} x transformers {transformers.__version__}")
 
 
-def _tinylm(translator: Translator, sources: list, beams: int, batch_size: int) -> int:
+def _tinylm(translator: Translator, sources: list, beams: int, batch_size: int, compiled: CompiledTranslation | None) -> int:
     options = SearchOptions(beams=beams, length_penalty=0.0, max_length=translator.network.model.context_length)
-    found = translate_ids(translator.network, sources, translator.framing.target_end, options, batch_size=batch_size)
+    end = translator.framing.target_end
+    found = translate_ids(translator.network, sources, end, options, batch_size=batch_size, compiled=compiled)
     return sum(len(best[0].ids) + 1 for best in found)
 
 
@@ -262,6 +269,7 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=200)
     parser.add_argument("--beams", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=1, help="number of threads for decoding")
     parser.add_argument("--out", type=Path, default=Path("runs/translation-benchmark"))
     parser.add_argument("--joey-python", default=sys.executable)
     parser.add_argument("--ct2-converter", default="ct2-transformers-converter")
@@ -271,6 +279,7 @@ def main() -> None:
     elif options.what == "joeynmt":
         joeynmt(options.minutes, options.out / "joeynmt", options.joey_python)
     elif options.what == "decoding":
+        torch.set_num_threads(options.threads)
         decoding(Run.open(options.run), options.sentences, options.beams, options.batch_size, options.ct2_converter)
     else:
         batch_invariance(Run.open(options.run), options.sentences)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False)
 _COMMANDS = {
-    "/reset": "forget the conversation",
+    "/reset": "clear the conversation",
     "/save FILE": "append the conversation to a .jsonl file, in the training data format",
     "/help": "list these commands",
     "/quit": "end the chat; Ctrl-D also works",

@@ -1,4 +1,4 @@
-"""`tinylm classify`: label texts, with probabilities."""
+"""`tinylm classify`: predict the labels of texts, with probabilities."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import typer
 from tinylm.errors import InputError
 
 from .console import (
-    CHECKPOINT,
+    CHECKPOINTS,
     DEVICE,
     ERRORS,
     FIELD,
     JSON,
     QUIET,
-    RUN,
+    RUNS,
     TEMPLATE,
     THREADS,
     checked_errors,
     checked_text,
     given_options,
-    open_run,
+    open_ensemble,
     print_json,
     stderr_console,
     write_stdout,
@@ -35,15 +35,17 @@ app = typer.Typer(add_completion=False)
 def classify(
     ctx: typer.Context,
     text: str | None = typer.Argument(None, help="A text, or - to classify every line of standard input."),
-    input_: str | None = typer.Option(None, "--input", "-i", metavar="SOURCE", help="Classify the texts in a SOURCE instead."),
+    input_: str | None = typer.Option(
+        None, "--input", "-i", metavar="SOURCE", help="Classify the texts in files, folders, globs or URLs instead."
+    ),
     documents: bool = typer.Option(
         False, "--documents", help="With --input: classify each plain text file as a whole instead of line by line."
     ),
     calibrated: bool = typer.Option(
-        False, "--calibrated", help="Calibrate the probabilities with a temperature that is fitted to the run's held-out texts."
+        False, "--calibrated", help="Divide the logits by a temperature that is fitted to the run's held-out texts."
     ),
-    run: str | None = RUN,
-    checkpoint: str | None = CHECKPOINT,
+    run: list[str] | None = RUNS,
+    checkpoint: list[str] | None = CHECKPOINTS,
     field: str = FIELD,
     template: str | None = TEMPLATE,
     errors: str = ERRORS,
@@ -55,7 +57,7 @@ def classify(
     """Classify texts with a model that was trained with `objective: classification`.
 
     Print one line per text: the label, its probability and the text, separated by tabs. With --json, print the probabilities of
-    all labels.
+    all labels. With several --run or --checkpoint options, the probabilities are the mean of the models' probabilities.
     """
     checked_errors(errors)
     if (text is None) == (input_ is None):
@@ -63,15 +65,14 @@ def classify(
     if input_ is None and (unused := given_options(ctx, ("documents", "field", "template", "errors"))):
         raise InputError("requires --input", where=", ".join(unused))
     console = stderr_console()
-    opened = open_run(run, console, quiet=quiet)
-    chosen = opened.checkpoint(checkpoint)
+    opened = open_ensemble(run, checkpoint, console, quiet=quiet)
 
     from tinylm import device as devices
     from tinylm.evaluation.classify_texts import TextClassifier, require_classifier
 
-    require_classifier(opened)
+    require_classifier(opened.members[0].run)
     devices.set_threads(threads)
-    classifier = TextClassifier(opened, chosen, devices.resolve(device))
+    classifier = TextClassifier(opened, devices.resolve(device))
     if calibrated:
         temperature = classifier.calibrate()
         if not quiet:

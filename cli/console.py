@@ -39,11 +39,11 @@ RUNS = typer.Option(
     None,
     "--run",
     "-r",
-    help="A run folder or a checkpoint folder. Several form an ensemble, which predicts the mean of their probabilities. "
+    help="A run folder or a checkpoint folder. If repeated, the models form an ensemble, which predicts their mean probabilities. "
     "Default: $TINYLM_RUN, or the newest run in runs/.",
 )
 CHECKPOINTS = typer.Option(
-    None, "--checkpoint", help="The checkpoint: best, last or a step. Several form an ensemble. Default: best."
+    None, "--checkpoint", help="The checkpoint: best, last or a step. If repeated, the checkpoints form an ensemble. Default: best."
 )
 CHECKPOINT = typer.Option(None, "--checkpoint", help="The checkpoint: best, last or a step. Default: best.")
 SET = typer.Option(None, "--set", metavar="SECTION.KEY=VALUE", help="Set a recipe key. Can be repeated.")
@@ -233,13 +233,18 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
-def parse_duration(text: str | None) -> float | None:
-    """Convert the value of --stop-after (90s, 55m, 2h, or a number of seconds) to seconds."""
+def format_step_time(seconds: float) -> str:
+    """Return a time such as `21.9 ms` or `1.05 s`."""
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def parse_duration(text: str | None, option: str = "--stop-after") -> float | None:
+    """Convert the value of `option` (90s, 55m, 2h, or a number of seconds) to seconds."""
     if text is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
     if match is None:
-        raise InputError(f"{text!r} is not a duration", where="--stop-after", hint="for example 90s, 55m or 2h")
+        raise InputError(f"{text!r} is not a duration", where=option, hint="for example 90s, 55m or 2h")
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 

@@ -152,7 +152,7 @@ def evaluate(
         return
     _check_sources(sources)
     evaluator = _evaluator_of(first.run, ctx, own_data=not sources)
-    if evaluator is not None:
+    if evaluator is not None and not getattr(evaluator, "ENSEMBLES", False):
         _check_single(opened, first.path, "an ensemble cannot be evaluated on this run's own data", hint="specify a SOURCE")
 
     from tinylm.device import set_threads
@@ -162,10 +162,9 @@ def evaluate(
     set_threads(threads)
     if evaluator is not None:
         request = EvaluationRequest(
-            first.run,
+            opened,
             sources,
             split=split,
-            checkpoint=first.checkpoint.name,
             field=field,
             template=template,
             errors=errors,

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 OPTIONS = ("split", "mistakes", "no_baselines", "plot")
 """The `tinylm eval` options that apply to classifiers."""
+ENSEMBLES = True
+"""Whether an ensemble of several models can be evaluated."""
 _MAX_COLUMNS = 16
 """With more labels than this, only the most frequent confusions are printed instead of the whole matrix."""
 _MAX_CONFUSIONS = 15
@@ -31,12 +33,11 @@ def evaluate(request: EvaluationRequest) -> None:
     if request.plot is not None and request.plot.is_dir():
         raise InputError("is a folder", where=f"--plot {request.plot}", hint="pass the path of a file")
     result = evaluate_classifier(
-        request.run,
+        request.ensemble,
         request.sources,
         split=request.split,
         baselines=not request.no_baselines,
         mistakes=request.mistakes,
-        checkpoint=request.checkpoint,
         device=request.device,
         reporter=ConsoleReporter(stderr_console(), quiet=request.quiet),
     )
@@ -59,9 +60,10 @@ def evaluate(request: EvaluationRequest) -> None:
 def _print_totals(console: Console, result: ClassifierEvaluation) -> None:
     scores = result.scores
     low, high = scores.accuracy_ci95
+    model = f"the mean probabilities of {len(result.members)} models" if result.members else f"{result.run} {result.checkpoint}"
     rows = [
         ("texts", f"{result.text}: {pluralize(scores.examples, 'text')}, {pluralize(len(result.labels), 'label')}"),
-        ("model", f"{result.run} {result.checkpoint}"),
+        ("model", model),
         ("accuracy", f"{scores.accuracy:.2%}  (95% interval {low:.2%} to {high:.2%})"),
         ("macro F1", f"{scores.macro_f1:.4f}"),
         ("loss", f"{scores.loss:.4f} nats per text; the best temperature for these texts is {result.calibration:.3f}"),
@@ -71,11 +73,18 @@ def _print_totals(console: Console, result: ClassifierEvaluation) -> None:
             ("unknown labels", f"{pluralize(result.unseen, 'text')} with a label that the model does not have; counted as mistakes")
         )
     for name, baseline in result.baselines.items():
-        low, high = baseline.difference_ci95
-        difference = f"{100 * (scores.accuracy - baseline.accuracy):+.2f} points"
-        interval = f"95% interval {100 * low:+.2f} to {100 * high:+.2f}"
-        rows.append((_NAMES[name], f"{baseline.accuracy:.2%}; difference (model - baseline) {difference}  ({interval})"))
+        interval = _difference(scores.accuracy - baseline.accuracy, baseline.difference_ci95)
+        rows.append((_NAMES[name], f"{baseline.accuracy:.2%}; difference (model - baseline) {interval}"))
+    for member in result.members:
+        interval = _difference(scores.accuracy - member.accuracy, member.difference_ci95)
+        rows.append(("member", f"{member.accuracy:.2%} for {member.member.name}; difference (ensemble - member) {interval}"))
     print_fields(console, rows)
+
+
+def _difference(value: float, interval: tuple[float, float]) -> str:
+    """Format a difference of accuracies and its interval in percentage points."""
+    low, high = interval
+    return f"{100 * value:+.2f} points  (95% interval {100 * low:+.2f} to {100 * high:+.2f})"
 
 
 def _print_labels(console: Console, result: ClassifierEvaluation) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tinylm.ensemble import Ensemble
     from tinylm.run import Run
 
 
@@ -14,10 +15,10 @@ if TYPE_CHECKING:
 class EvaluationRequest:
     """What to evaluate, on which texts, and how."""
 
-    run: Run
+    ensemble: Ensemble
+    """Only the evaluation of classifiers accepts more than one member."""
     sources: list[str]
     split: str
-    checkpoint: str | None
     field: str
     template: str | None
     errors: str
@@ -31,3 +32,11 @@ class EvaluationRequest:
     quiet: bool
     hardest: int = 0
     max_pairs: int | None = None
+
+    @property
+    def run(self) -> Run:
+        return self.ensemble.members[0].run
+
+    @property
+    def checkpoint(self) -> str:
+        return self.ensemble.members[0].checkpoint.name

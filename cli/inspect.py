@@ -69,7 +69,7 @@ def inspect(
         None, "--target", help="Attribute the logit of this token (text or @ID) or label. Default: the most likely one."
     ),
     translation: str | None = typer.Option(
-        None, "--translation", help="For a translator: the translation to inspect. Default: the model's own greedy translation."
+        None, "--translation", help="For a translation model: the translation to inspect. Default: its own greedy translation."
     ),
     to: str = typer.Option("", "--to", metavar="LANGUAGE", help="The target language, for a model with several target languages."),
     max_tokens: int | None = typer.Option(None, "--max-tokens", help="Maximum number of tokens to inspect. Default: 128."),
@@ -82,9 +82,10 @@ def inspect(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Look inside a model: tokens, attention, logit lens, what contributed to a prediction, and what its parts do.
+    """Look inside a model: tokens, attention, logit lens, contributions to a prediction, and the effects of its parts.
 
-    Decoders, encoders, classifiers and translators are supported. In a text for an encoder, [MASK] stands for a masked token.
+    Decoders, encoders, classifiers and translation models are supported. In a text for an encoder, [MASK] stands for a masked
+    token.
     """
     checked_text(text, "--text")
     if translation is not None:

@@ -43,7 +43,7 @@ def ladder(
     equal: str = typer.Option(
         "time",
         "--equal",
-        help="time: all models have the same training time. parameters: they also have about the same number of parameters.",
+        help="time: all networks have the same training time. parameters: they also have about as many parameters as the GPT.",
     ),
     models: str | None = typer.Option(
         None,
@@ -75,7 +75,7 @@ def ladder(
         raise InputError(f"must be time or parameters, not {equal!r}", where="--equal")
     image = None if plot is None else checked_image(plot)
 
-    from tinylm.ladder import DEFAULT_RUNGS, LadderPlan, as_dict, climb, draw, find_rungs
+    from tinylm.ladder import DEFAULT_RUNGS, LadderPlan, as_dict, draw, find_rungs, run_ladder
 
     names = DEFAULT_RUNGS if models is None else [name.strip() for name in models.split(",")]
     overrides = [*(set_ or ()), *([f"seed={seed}"] if seed is not None else [])]
@@ -90,7 +90,7 @@ def ladder(
         device=device,
     )
     console, rows = stderr_console(), []
-    for row in climb(plan, ConsoleReporter(console, quiet=quiet)):
+    for row in run_ladder(plan, ConsoleReporter(console, quiet=quiet)):
         rows.append(row)
         if not quiet:
             done = f"[{len(rows)}/{len(plan.rungs)}] {row.model}: {row.bits_per_byte:.4f} bits per byte"

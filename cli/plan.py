@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import typer
 
 from tinylm.cost.plan import ComputeOptimal, Plan, SourceUse
@@ -14,12 +16,14 @@ from .console import (
     format_count,
     format_duration,
     format_size,
+    format_step_time,
     print_fields,
     print_json,
     stderr_console,
     stdout_console,
     write_stdout,
 )
+from .plan_cluster import LaunchFiles, checked_devices, launch_files, parse_counts, show_scaling
 from .recipe_files import find_recipe
 
 HARDWARE = typer.Option(
@@ -38,10 +42,37 @@ def plan(
     set_: list[str] | None = SET,
     hardware: str | None = HARDWARE,
     devices: int | None = typer.Option(None, "--devices", min=1, help="Number of accelerators. Each batch is divided among them."),
+    nodes: int | None = typer.Option(None, "--nodes", min=1, help="Number of machines. Each has --gpus-per-node accelerators."),
+    gpus_per_node: int = typer.Option(8, "--gpus-per-node", min=1, help="Number of accelerators in each machine."),
+    network: float | None = typer.Option(
+        None,
+        "--network",
+        min=0.1,
+        metavar="GBIT/S",
+        help="Network bandwidth of each machine. Default: that of the usual machine with eight of these accelerators.",
+    ),
+    gpus: str | None = typer.Option(
+        None,
+        "--gpus",
+        metavar="N,N,...",
+        help="Instead of a plan, print the step time for each of these numbers of accelerators, for example 1,8,64,1024.",
+    ),
+    sbatch: str | None = typer.Option(None, "--sbatch", metavar="FILE", help="Write a Slurm batch script that trains the model."),
+    skypilot: str | None = typer.Option(None, "--skypilot", metavar="FILE", help="Write a SkyPilot task that trains the model."),
+    time_limit: str | None = typer.Option(
+        None,
+        "--time-limit",
+        metavar="TIME",
+        help="With --sbatch: when Slurm ends the job, for example 12h. The job then continues in the queue. Default: 24h.",
+    ),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the files of --sbatch and --skypilot."),
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Estimate the cost of a recipe on this CPU or on accelerators: parameters, batch sizes, memory, FLOPs and time."""
+    """Estimate the cost of a recipe on this CPU or on accelerators: parameters, batch sizes, memory, FLOPs and time.
+
+    It can also write the files that start the training run on a cluster.
+    """
     from tinylm.errors import InputError
     from tinylm.recipe import load
 
@@ -51,8 +82,38 @@ def plan(
     if recipe is None:
         raise InputError("missing argument 'recipe'")
     check_hardware(hardware, devices)
+    for option, value in (("--nodes", nodes), ("--network", network), ("--gpus", gpus)):
+        if value is not None and hardware is None:
+            raise InputError("requires --hardware", where=option)
+    reporter = ConsoleReporter(stderr_console(), quiet=quiet)
+    if gpus is not None and hardware is not None:
+        counts = parse_counts(gpus)
+        if given := next((name for name, value in (("--devices", devices), ("--nodes", nodes)) if value is not None), None):
+            raise InputError("mutually exclusive", where=f"--gpus, {given}")
+        if sbatch is not None or skypilot is not None:
+            raise InputError("mutually exclusive", where="--gpus, --sbatch, --skypilot")
+        loaded = load(find_recipe(recipe), set_ or (), check_files=False)
+        show_scaling(loaded, hardware, counts, gpus_per_node=gpus_per_node, network_gbits=network, reporter=reporter, json=json)
+        return
+    total = checked_devices(devices, nodes, gpus_per_node)
     loaded = load(find_recipe(recipe), set_ or ())
-    show_plan(plan_recipe(loaded, ConsoleReporter(stderr_console(), quiet=quiet), hardware, devices or 1), json)
+    if skypilot is not None and loaded.checkpoint.mirror is None:
+        reporter.warn("checkpoint.mirror is not set, so the run starts from scratch if SkyPilot replaces the machines")
+    files = launch_files(
+        recipe,
+        loaded,
+        set_ or (),
+        hardware,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        sbatch=sbatch,
+        skypilot=skypilot,
+        time_limit=time_limit,
+        overwrite=overwrite,
+    )
+    planned = plan_recipe(loaded, reporter, hardware, total, gpus_per_node=gpus_per_node, network_gbits=network)
+    show_plan(planned, json, files)
+    files.write()
 
 
 def check_hardware(hardware: str | None, devices: int | None) -> None:
@@ -79,18 +140,29 @@ def list_hardware(json: bool) -> None:
         write_stdout(f"{accelerator.name:<16}  {memory}; TFLOP/s: {flops}")
 
 
-def plan_recipe(recipe: object, reporter: ConsoleReporter, hardware: str | None = None, devices: int = 1) -> Plan:
+def plan_recipe(
+    recipe: object,
+    reporter: ConsoleReporter,
+    hardware: str | None = None,
+    devices: int = 1,
+    *,
+    gpus_per_node: int = 8,
+    network_gbits: float | None = None,
+) -> Plan:
     """Count the tokens in the text and plan the training run. `hardware` is the name of an accelerator, or None for this CPU."""
     from tinylm.cost.plan import BUSY, make_plan
     from tinylm.data.estimate import estimate_data_size
     from tinylm.ensemble import teacher_runs
     from tinylm.recipe import Recipe
+    from tinylm.recipe.chat import DPOObjective
 
     assert isinstance(recipe, Recipe)
     data = estimate_data_size(recipe, reporter)
     text = data.tokens
     if not text.exact:
         reporter.note("the number of tokens is estimated from a few megabytes of text")
+    is_dpo = isinstance(recipe.objective, DPOObjective)  # its reference model is like a teacher
+    teachers = [recipe.model] if is_dpo else [run.recipe.model for run in teacher_runs(recipe)]
     planned = make_plan(
         data.recipe,
         text.vocab_size,
@@ -99,8 +171,10 @@ def plan_recipe(recipe: object, reporter: ConsoleReporter, hardware: str | None 
         source_tokens=text.source_tokens,
         accelerator=hardware,
         devices=devices,
+        gpus_per_node=gpus_per_node,
+        network_bandwidth=None if network_gbits is None else network_gbits * 1e9 / 8,
         size=data.example,
-        teachers=[run.recipe.model for run in teacher_runs(recipe)],
+        teachers=teachers,
     )
     if planned.busy:
         reporter.warn(BUSY)
@@ -109,10 +183,10 @@ def plan_recipe(recipe: object, reporter: ConsoleReporter, hardware: str | None 
     return planned
 
 
-def show_plan(planned: Plan, json: bool) -> None:
+def show_plan(planned: Plan, json: bool, files: LaunchFiles | None = None) -> None:
     """Print a plan as a table or as JSON."""
     if json:
-        print_json(planned)
+        print_json(asdict(planned) | (files or LaunchFiles()).as_dict())
         return
     print_fields(stdout_console(), _rows(planned))
 
@@ -121,6 +195,7 @@ def _rows(planned: Plan) -> list[tuple[str, str]]:
     micro_batches = f"{planned.gradient_accumulation_steps} micro-batch{'es' * (planned.gradient_accumulation_steps > 1)}"
     devices = f" on each of {planned.devices} devices" if planned.devices > 1 else ""
     machine = "this CPU" if planned.hardware == "cpu" else f"{planned.devices} {planned.hardware}"
+    machine += f" in {planned.nodes} machines" if planned.nodes > 1 else ""
     return [
         ("parameters", f"{planned.parameters:,} ({planned.parameters_non_embedding:,} without embeddings and head)"),
         ("vocabulary", f"{planned.vocab_size:,} tokens"),
@@ -183,10 +258,10 @@ def _time(planned: Plan) -> str:
     start_up = planned.start_up_seconds
     total = f"about {duration_text((low - start_up, high - start_up))}" + (f", plus {plus}" if plus else "")
     per_step = planned.seconds_per_step
-    step = f"{1000 * per_step:.3g} ms" if per_step < 1 else f"{per_step:.3g} s"
+    step = format_step_time(per_step)
+    how = planned.precision + (", compiled" if planned.compiled else "") + (", fsdp" if planned.parallel == "fsdp" else "")
     return (
-        f"{total} (in {planned.precision}{', compiled' if planned.compiled else ''}: {step} per step, "
-        f"{format_count(planned.tokens_per_second)} tokens/s, {planned.mfu:.1%} of peak FLOP/s)"
+        f"{total} (in {how}: {step} per step, {format_count(planned.tokens_per_second)} tokens/s, {planned.mfu:.1%} of peak FLOP/s)"
     )
 
 

@@ -44,8 +44,8 @@ _VOCAB_SIZE = 4096
 
 @app.command()
 def prepare(
-    source: list[str] | None = typer.Argument(None, help="The texts to prepare."),
-    out: str | None = typer.Option(None, "--out", help="The folder to write. Use it as `data.train` in a recipe."),
+    source: list[str] | None = typer.Argument(None, help="The text: files, folders, globs, URLs or builtin:NAME."),
+    out: str | None = typer.Option(None, "--out", help="The output folder. To train on it, set `data.train` to it in a recipe."),
     heldout: list[str] | None = typer.Option(
         None, "--heldout", metavar="SOURCE", help="The held-out text. Quality rules do not apply to it. Can be repeated."
     ),
@@ -55,7 +55,7 @@ def prepare(
     contaminated: str = typer.Option(
         "heldout",
         "--contaminated",
-        help="With --heldout: the part from which to remove documents that occur in both parts: heldout or train.",
+        help="With --heldout: if a document occurs in both texts, remove it from this one: heldout or train.",
     ),
     without: list[str] | None = typer.Option(
         None,
@@ -65,10 +65,13 @@ def prepare(
         "contamination). Can be repeated.",
     ),
     minhash: str = typer.Option(
-        "14x8", "--minhash", metavar="BANDSxROWS", help="Near-duplicates agree in all rows of at least one band of their MinHash."
+        "14x8",
+        "--minhash",
+        metavar="BANDSxROWS",
+        help="Bands of MinHash values, and values per band. Near-duplicates agree in all values of at least one band.",
     ),
     tokenizer: str | None = typer.Option(
-        None, "--tokenizer", "-t", help="A tokenizer file. Default: train a tokenizer on the kept text."
+        None, "--tokenizer", "-t", help="A tokenizer file. Default: train a tokenizer on the remaining training text."
     ),
     kind: str | None = typer.Option(None, "--kind", help=f"Kind of tokenizer to train: {', '.join(KINDS)}. Default: bpe."),
     vocab_size: int | None = typer.Option(
@@ -76,12 +79,12 @@ def prepare(
     ),
     jobs: int = typer.Option(1, "--jobs", min=1, help="Number of processes. The result does not depend on it."),
     dry_run: bool = typer.Option(
-        False, "--dry-run", help="Only report what would be removed. With --out, the real run continues from there."
+        False, "--dry-run", help="Only report what would be removed. With --out, the real run reuses the results."
     ),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace a text that was already prepared in the folder."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the prepared text in the output folder."),
     list_rules: bool = typer.Option(False, "--list-rules", help="List all rules with what they remove, and exit."),
     engine: str = typer.Option(
-        "builtin", "--engine", help="builtin, or datatrove to distribute the work with an executor. The result is the same."
+        "builtin", "--engine", help="builtin, or datatrove to distribute the work over several machines. The result is the same."
     ),
     executor: str = typer.Option("local", "--executor", help="With --engine datatrove: local, slurm or ray."),
     tasks: int | None = typer.Option(None, "--tasks", min=1, help="With --engine datatrove: number of tasks. Default: --jobs."),
@@ -93,7 +96,7 @@ def prepare(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Clean, filter and deduplicate a text, and encode it for training. The sources are not changed.
+    """Clean, filter and deduplicate a text, and encode it for training. The source files are not changed.
 
     Run the same command again to continue a preparation that was stopped.
     """
@@ -202,7 +205,7 @@ def _folder(out: str | None, *, overwrite: bool) -> Iterator[Path]:
         raise InputError("is not a folder", where=out)
     if is_prepared_text(folder):
         if not overwrite:
-            raise InputError("contains a prepared text", where=out, hint="--overwrite replaces it")
+            raise InputError("the folder already contains a prepared text", where=out, hint="--overwrite replaces it")
         (folder / "manifest.json").unlink()
     elif folder.is_dir() and any(folder.iterdir()) and not (folder / "work").is_dir():
         raise InputError("the folder is not empty", where=out, hint="use a new folder")
@@ -221,7 +224,7 @@ def _run_datatrove(
         raise InputError("is required with --executor slurm", where="--partition")
     manifest = run(preparation, Cluster(executor, tasks, workers, partition or "", time_limit))
     if manifest is None:
-        preparation.reporter.note(f"submitted; {preparation.folder}/manifest.json appears when all jobs are done")
+        preparation.reporter.note(f"submitted the jobs; when all of them are done, {preparation.folder}/manifest.json exists")
     return manifest
 
 
@@ -266,7 +269,7 @@ def _show(report: Report, settings: Settings) -> None:
         ],
     )
     if report.divided:
-        console.print(f"very long documents were divided, which added {pluralize(report.divided, 'document')}")
+        console.print(f"divided very long documents, which added {pluralize(report.divided, 'document')}")
     if active:
         console.print("\nexamples")
         print_fields(console, [(step.step, _example(step)) for step in active if step.example is not None])

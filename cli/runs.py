@@ -35,9 +35,9 @@ def runs(
         help="List only the runs that satisfy a condition such as 'model.n_embd>=192'. Can be repeated.",
     ),
     columns_: str | None = typer.Option(
-        None, "--columns", metavar="KEY,KEY", help="Show these columns, metrics and recipe keys after the name."
+        None, "--columns", metavar="KEY,KEY", help="Comma-separated columns, metrics and recipe keys to show after the name."
     ),
-    csv: bool = typer.Option(False, "--csv", help="Print comma-separated values."),
+    csv: bool = typer.Option(False, "--csv", help="Print comma-separated values without rounding."),
     json: bool = JSON,
 ) -> None:
     """List runs with their steps, age and size, and the held-out metrics of their best step."""

@@ -50,18 +50,18 @@ def scale(
         None,
         "--predict-minutes",
         metavar="TIME",
-        help="Predict a run that trains for this long. Default: a run with 4 times the compute of the largest run.",
+        help="Predict a run that trains for this long. Default: a run with 4 times the compute of the largest run in the grid.",
     ),
     check: str | None = typer.Option(
         None,
         "--check",
         metavar="RUN",
-        help="Do not train. Compare this finished run with the prediction of the law in --out.",
+        help="Do not train. Compare the loss of this finished run with the prediction of the experiment in --out.",
     ),
-    out: str = typer.Option("runs/scale", "--out", help="Folder for the runs."),
+    out: str = typer.Option("runs/scale", "--out", help="Folder for the runs and the results."),
     set_: list[str] | None = SET,
     plot: str | None = typer.Option(None, "--plot", metavar="FILE", help="Also plot the runs and the law: .png, .svg or .pdf."),
-    seed: int = typer.Option(0, "--seed", min=0, help="Random seed of the confidence intervals. --set seed=N changes the runs."),
+    seed: int = typer.Option(0, "--seed", min=0, help="Random seed of the bootstrap. For the seed of the runs, use --set seed=N."),
     hardware: str | None = HARDWARE,
     device: str = DEVICE,
     json: bool = JSON,
@@ -85,7 +85,7 @@ def scale(
         _check(folder, check, json=json)
         return
     if not source:
-        raise InputError("missing", where="SOURCE", hint="pass a text, or compare a run with --check RUN")
+        raise InputError("is required", where="SOURCE", hint="pass a text, or compare a run with --check RUN")
     check_hardware(hardware, None)
     minutes = _minutes(minutes_, "--minutes")
     predict_minutes = None if predict_minutes_ is None else _minutes(predict_minutes_, "--predict-minutes")
@@ -132,7 +132,7 @@ def _show(found: Result, *, quiet: bool) -> None:
     rows = [("law", "loss = E + A / N^alpha + B / D^beta")]
     rows += [(name, _interval(fitted.parameter(name), ".4g")) for name in ("E", "A", "alpha", "B", "beta")]
     source = "fitted" if fitted.fits_repetitions else "published value"
-    rows.append(("R*", f"{fitted.repetition_scale:g} ({source}; how fast the value of repeated text falls)"))
+    rows.append(("R*", f"{fitted.repetition_scale:g} ({source}; with a larger value, repeated text stays useful for longer)"))
     optimal = prediction.optimal_parameters
     low, high = (format_count(value) for value in optimal.ci95)
     rows += [
@@ -157,7 +157,10 @@ def _show(found: Result, *, quiet: bool) -> None:
         for row in left_out:
             messages.print_line(f"  {row.cell.training.name}: {row.left_out}", "yellow")
     if prediction.overfits:
-        messages.print_line("warning: this text is too short for the budget; the run may overfit and miss the prediction", "yellow")
+        messages.print_line(
+            "warning: the text is too short for this budget: the larger run may overfit, and its loss may be higher than predicted",
+            "yellow",
+        )
     if not quiet:
         recipe = shlex.quote(str(found.folder / "predicted.yaml"))
         folder = shlex.quote(str(found.folder))
@@ -202,7 +205,8 @@ def _check(folder: Path, path: str, *, json: bool) -> None:
     grid.open_grid(folder)  # report a wrong --out before a wrong RUN
     checked = experiment.check(folder, Run.open(os.path.expanduser(path)))
     if checked.differing_keys:
-        message = f"warning: the law is for runs with another {', '.join(checked.differing_keys)}"
+        keys = ", ".join(checked.differing_keys)
+        message = f"warning: this run differs from those of the experiment in {keys}, so the prediction may not apply"
         stderr_console().print_line(message, "yellow")
     if json:
         print_json(checked.as_dict())

@@ -122,6 +122,7 @@ def serve(
         if unused := given_options(ctx, ("weights", "compiled")):
             raise InputError("has no effect on a translation model", where=", ".join(unused))
         translator = Translator.open(opened, chosen.name, device=device)
+        translator.compile(reporter.note)
         asgi_app = translation.create_app(translator, name, limits=limits, access=access)
     else:
         decoder = make_decoder(opened.network(chosen, target), weights=kind, compiled=compiled, steps=None, reporter=reporter)

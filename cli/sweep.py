@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +36,10 @@ app = typer.Typer(add_completion=False)
 def sweep(
     recipe: str = typer.Argument(..., help="A YAML file, or the name of a recipe that ships with tinylm."),
     set_: list[str] | None = typer.Option(
-        None, "--set", metavar="KEY=A,B,C", help="Try each of these values of a recipe key. A single value applies to all runs."
+        None,
+        "--set",
+        metavar="KEY=A,B,C",
+        help="Try each of these values of a recipe key. A single value applies to all runs. Can be repeated.",
     ),
     trials: int | None = typer.Option(
         None,
@@ -51,10 +55,10 @@ def sweep(
         None,
         "--seeds",
         min=1,
-        help="Train with the best setting and this many seeds in total. Default: 3 with --trials, otherwise 1.",
+        help="Finally, train the best settings with more seeds, until there are this many runs. Default: 3 with --trials, else 1.",
     ),
     jobs: int = typer.Option(
-        1, "--jobs", min=1, help="Number of runs at the same time. Each run uses an equal share of the cores."
+        1, "--jobs", min=1, help="Number of runs to train at the same time. Each run uses an equal share of the cores."
     ),
     out: str | None = typer.Option(None, "--out", help="Folder for the sweep. Default: runs/NAME-sweep."),
     plot: str | None = typer.Option(None, "--plot", metavar="FILE", help="Also plot the results: .png, .svg or .pdf."),
@@ -63,9 +67,9 @@ def sweep(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Train models with many settings of a recipe. Run the same command again to continue a sweep that was stopped.
+    """Train a recipe with many settings and compare the results.
 
-    Each run is an ordinary run folder inside the sweep's folder.
+    Run the same command again to continue a sweep that was stopped. Each run is an ordinary run folder inside the sweep's folder.
     """
     from tinylm.errors import InputError
     from tinylm.run import RUNS
@@ -79,11 +83,9 @@ def sweep(
     if ranges and trials is None:
         raise InputError("requires --trials", where="--range")
     if trials is not None and not ranges and not _swept(axes):
-        raise InputError("there is nothing to search", where="--trials", hint="add --range KEY=LOW..HIGH, or --set KEY=A,B,C")
+        raise InputError("requires --range KEY=LOW..HIGH, or --set KEY=A,B,C", where="--trials")
     if trials is None and not axes:
-        raise InputError(
-            "there is nothing to try", where="tinylm sweep", hint="for example --set model.n_embd=128,192 --set seed=1,2,3"
-        )
+        raise InputError("is required", where="--set", hint="for example --set model.n_embd=128,192 --set seed=1,2,3")
     image = None if plot is None else checked_image(plot)
     file = find_recipe(recipe)
     fixed = {axis.key: axis.values[0] for axis in axes if len(axis.values) == 1}
@@ -199,7 +201,11 @@ def _show(summary: Summary, *, json: bool) -> None:
     if json:
         print_json(summary.as_dict())
         return
+    from tinylm.run import Run
     from tinylm.sweep.settings import shortened
+    from tinylm.training_summary import task_of
+
+    from .train_summary import first_command
 
     groups, metric = summary.groups, summary.metric
     varied = [key for key in dict.fromkeys(key for group in groups for key in group.values) if _varies(groups, key)]
@@ -223,7 +229,8 @@ def _show(summary: Summary, *, json: bool) -> None:
     stdout_console().print(table)
     best = summary.best_row
     if best is not None:
-        stderr_console().print_line(f'best: {best.run}   next: tinylm sample --run {best.run} --prompt "..."', "dim")
+        command = first_command(shlex.quote(str(best.run)), task_of(Run.open(best.run)))
+        stderr_console().print_line(f"best: {best.run}   next: {command}", "dim")
 
 
 def _varies(groups: Sequence[Group], key: str) -> bool:

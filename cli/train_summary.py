@@ -131,11 +131,18 @@ def _shortened(text: str) -> str:
     return "\n".join(lines) + (" ..." if len(text) > _SAMPLE_CHARACTERS else "")
 
 
+def first_command(run: str, task: str) -> str:
+    """Return the command that uses a model for what it was trained for. `task` is the value of `TrainingSummary.task`."""
+    return (
+        _COMMANDS_BY_TASK[task][0][1].format(run=run) if task in _COMMANDS_BY_TASK else f'tinylm sample --run {run} --prompt "..."'
+    )
+
+
 def _next_commands(run: str, summary: TrainingSummary) -> list[tuple[str, str]]:
     """Return suggested next commands, each with its purpose."""
     commands = _COMMANDS_BY_TASK.get(summary.task, [])
     commands = [(name, text.format(run=run), purpose) for name, text, purpose in commands] or [
-        ("sample", f'tinylm sample --run {run} --prompt "..."', "generate text"),
+        ("sample", first_command(run, summary.task), "generate text"),
         ("serve", f"tinylm serve --run {run}", "try it in a browser"),
         ("eval", f"tinylm eval --run {run} --html report.html", "see which words are hard to predict"),
         ("plot", f"tinylm plot {run} --out loss.png", "draw the loss curves"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from .console import (
     QUIET,
     RUN,
     THREADS,
+    ConsoleReporter,
     StderrConsole,
     checked_text,
     given_options,
@@ -38,7 +40,7 @@ _SAMPLING_OPTIONS = ("top_k", "seed")
 @app.command()
 def translate(
     ctx: typer.Context,
-    text: str | None = typer.Argument(None, help="The sentence to translate, or - for lines from standard input (default)."),
+    text: str | None = typer.Argument(None, help="The text to translate, or - for standard input (default)."),
     input_: str | None = typer.Option(None, "--input", "-i", metavar="FILE", help="Translate the lines of this file."),
     beams: int = typer.Option(5, "--beams", help="Number of partial translations to keep in each step. 1 is greedy decoding."),
     length_penalty: float = typer.Option(
@@ -52,7 +54,9 @@ def translate(
         "--max-length",
         help="Maximum length of a translation in tokens. Default: 3 times the source length plus 20, up to the context length.",
     ),
-    no_repeat_ngram: int = typer.Option(0, "--no-repeat-ngram", metavar="N", help="Never repeat a sequence of N tokens."),
+    no_repeat_ngram: int = typer.Option(
+        0, "--no-repeat-ngram", metavar="N", help="Never generate the same sequence of N tokens twice; 0 turns this off."
+    ),
     temperature: float | None = typer.Option(
         None, "--temperature", help="Sample at this temperature instead of searching for the most likely translation."
     ),
@@ -87,6 +91,7 @@ def translate(
     lines = _lines(text, input_)
 
     from tinylm.device import set_threads
+    from tinylm.generation.precompile import compile_in_background
     from tinylm.translation.search import SearchOptions
     from tinylm.translation.translator import Translator
 
@@ -94,6 +99,8 @@ def translate(
     options.check()
     set_threads(threads)
     translator = Translator.open(opened, checkpoint, device=device, average=average)
+    if translator.could_be_compiled:
+        ctx.call_on_close(partial(compile_in_background, ConsoleReporter(console, quiet=quiet), "translation"))
     documents: list[dict[str, Any]] = []
     number = 0
     for group in _groups(lines):
@@ -148,7 +155,7 @@ def _groups(lines: Iterator[str]) -> Iterator[list[str]]:
 
 
 def _warn(console: StderrConsole, number: int, note: str) -> None:
-    problem = "is empty, and so is its translation" if note == "empty" else f"is longer than the model's context: {note}"
+    problem = "is empty, so its translation is empty" if note == "empty" else f"is longer than the model's context: {note}"
     console.print_line(f"warning: line {number} {problem}", "dim")
 
 

@@ -38,8 +38,16 @@ checkpoint: {{every: 5, keep: 1}}
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Run all tests and their processes with their own cache and on one thread, which is fastest for tiny models."""
-    os.environ["TINYLM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """Run all tests and their processes with their own cache and on one thread, which is fastest for tiny models.
+
+    The test processes of pytest-xdist share the built-in texts, because creating them takes seconds.
+    """
+    cache = tmp_path_factory.mktemp("cache")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = tmp_path_factory.getbasetemp().with_name("builtin")
+        shared.mkdir(exist_ok=True)
+        (cache / "builtin").symlink_to(shared, target_is_directory=True)
+    os.environ["TINYLM_CACHE"] = str(cache)
     os.environ.pop("TINYLM_RUN", None)
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)

@@ -53,6 +53,7 @@ class RecordedGraphs:
         with recorder:
             work()
 
+        @torch.no_grad()  # the recorded operations include those of the backward pass
         def replay() -> None:
             for func, args, kwargs, results in recorder.calls:
                 shared = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}

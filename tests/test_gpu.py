@@ -1,4 +1,4 @@
-"""Tests that need a CUDA GPU: half precision, asynchronous steps, compilation, pinned memory and out-of-memory errors."""
+"""Tests that need a CUDA GPU: half precision, asynchronous steps, compilation, graphs, pinned memory and out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,19 +18,25 @@ from conftest import tiny_recipe
 from tiny import causal_batch, ids, model
 
 from tinylm.cost import memory
+from tinylm.data.batch import Batch
 from tinylm.data.datasets import TokenStream
+from tinylm.data.preferences import ANSWER
 from tinylm.data.shards import Counts, Shard
 from tinylm.device import has_bf16_units
 from tinylm.errors import InputError
 from tinylm.evaluation.evaluate_run import evaluate_run
 from tinylm.evaluation.perplexity import BatchLimits, evaluate
 from tinylm.generation.engine import Request, generate, generate_batch
-from tinylm.generation.sampling import SamplingOptions
+from tinylm.generation.sampling import SamplingOptions, device_sampler
+from tinylm.host_copy import HostCopy
 from tinylm.model import functions
+from tinylm.model.base import Model
 from tinylm.model.decoder import Decoder, make_decoder
 from tinylm.model.functions import summed_cross_entropy
+from tinylm.model.graphs import CUDAGraphs
 from tinylm.model.packed import to_bfloat16
 from tinylm.model.transformer import Transformer
+from tinylm.optim.ema import WeightAverage
 from tinylm.optim.muon import Muon, orthogonalize
 from tinylm.pipeline import train
 from tinylm.recipe import Recipe
@@ -40,9 +47,12 @@ from tinylm.text.sources import Piece
 from tinylm.tokenizer import training
 from tinylm.training import compilation
 from tinylm.training import precision as precisions
+from tinylm.training.distillation import Distillation
+from tinylm.training.dpo import DPO
 from tinylm.training.feed import Feed, LocalBatch
+from tinylm.training.graphed import GraphedMicroBatches
 from tinylm.training.metrics import Observer, StepEvent
-from tinylm.training.objectives import CausalLM
+from tinylm.training.objectives import CausalLM, Objective
 from tinylm.training.parallel import HostCopies
 from tinylm.training.precision import Precision
 from tinylm.training.step import GradientSettings, accumulate
@@ -134,7 +144,7 @@ def test_a_step_that_is_not_logged_never_synchronizes_with_the_device(
             logged.append(event.step)
 
     options = ("training.log_every=10", f"training.precision={precision}", f"training.optimizer={optimizer}", "model.dropout=0.1")
-    recipe = _recipe(text_file, *options, "checkpoint.every=30", "evaluation.every=30")
+    recipe = _recipe(text_file, *options, "training.ema=0.9", "checkpoint.every=30", "evaluation.every=30")
     try:
         train(recipe, tmp_path / "run", device="cuda", observer=LoggedSteps())
     finally:
@@ -173,15 +183,19 @@ def test_decoding_returns_the_logits_of_a_single_forward_pass(compiled: bool) ->
         torch.testing.assert_close(logits, torch.stack([expected[row, 4 + row + step] for row in range(2)]), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.filterwarnings("error:choosing tokens without CUDA graphs", "error:decoding without CUDA graphs")
+@pytest.mark.parametrize(
+    "sampling",
+    [{"temperature": 0.0}, {"top_k": 50}, {"temperature": 1.0, "top_k": None}, {"top_k": None, "top_p": 0.9}],
+    ids=str,
+)
 @pytest.mark.parametrize("bf16", [False, True])
-def test_the_engine_generates_the_same_text_with_cuda_graphs(bf16: bool) -> None:
-    """Rows finish and are evicted at different times, so graphs of several sizes are captured."""
+def test_the_engine_generates_the_same_text_with_cuda_graphs(bf16: bool, sampling: dict[str, Any]) -> None:
+    """Rows finish and are evicted at different times, so graphs of several sizes are captured. Sampling is captured as well."""
     tokenizer = training.train(ByteTokenizer(kind="byte"), iter([Piece("text", True)]), print)
     network = model("modern", vocab_size=tokenizer.vocab_size, context_length=300).to(CUDA)
     network = to_bfloat16(network) if bf16 else network
-    requests = [
-        Request("the" * (1 + row), SamplingOptions(max_new_tokens=20 + 60 * row, temperature=0.0), seed=row) for row in range(5)
-    ]
+    requests = [Request("the" * (1 + row), SamplingOptions(max_new_tokens=20 + 60 * row, **sampling), seed=row) for row in range(5)]
     graphed, plain = Decoder(network, compiled=True, backend="graphs"), Decoder(network)
     texts = [[sample.text for sample in generate_batch(decoder, tokenizer, requests)] for decoder in (graphed, plain)]
     same = sum(a == b for a, b in zip(*texts, strict=True))
@@ -191,14 +205,18 @@ def test_the_engine_generates_the_same_text_with_cuda_graphs(bf16: bool) -> None
 @torch.inference_mode()
 def test_a_graphed_step_does_not_synchronize_with_the_device() -> None:
     decoder, tokens = Decoder(model("modern").to(CUDA), compiled=True, backend="graphs"), ids(3, 16).to(CUDA)
-    cache = decoder.new_state(3)
+    cache, sampler = decoder.new_state(3), device_sampler(SamplingOptions(), decoder.vocab_size)
     for row in range(3):
         decoder.prefill(cache, row, tokens[row, :4])
-    decoder.step(cache, tokens[:, 4])
+    logits, uniforms = decoder.step(cache, tokens[:, 4]), torch.rand(3, dtype=torch.float64)
+    _, logits = decoder.sample_and_step(cache, logits, sampler, uniforms)
     try:
         torch.cuda.set_sync_debug_mode("error")
-        for position in range(5, 12):
+        for position in range(6, 9):
             decoder.step(cache, tokens[:, position])
+        for _ in range(3):
+            chosen, logits = decoder.sample_and_step(cache, logits, sampler, uniforms)
+            HostCopy(chosen)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -324,6 +342,104 @@ def test_nothing_is_compiled_after_the_trial(precision: str, document_mask: str,
     train(_recipe(text_file, *options), tmp_path / "run", device="cuda", observer=observer)
     assert observer.count > 0
     assert graphs() == observer.count
+
+
+@needs_compiler
+def test_the_gradients_of_blocks_that_are_compiled_together_are_close_to_those_of_eager_blocks() -> None:
+    tokens, half = ids(4, 17), Precision("bf16", CUDA)
+    network = model("modern").to(CUDA).train()
+    eager = _gradient(network, tokens, half)
+    trial = compilation.Trial(network, LocalBatch.whole(causal_batch(tokens)), GradientSettings(4, half, CausalLM()))
+    reporter = CollectingReporter()
+    assert compilation.compile_units(network, trial, required=False, reporter=reporter, together=True), reporter.warnings
+    assert torch.nn.functional.cosine_similarity(_gradient(network, tokens, half), eager, dim=0) > 0.999
+
+
+@pytest.mark.usefixtures("_no_tf32")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("preset", ["modern", "gpt2", "llama"])
+def test_gradients_of_micro_batches_in_cuda_graphs_match_those_without_graphs(preset: str, precision: str) -> None:
+    network, chosen = model(preset).to(CUDA).train(), Precision(precision, CUDA)
+    settings = GradientSettings(2, chosen, CausalLM())
+    graphs = GraphedMicroBatches(network, settings, CUDAGraphs(CUDA))
+    rounding = 1e-4 if precision == "fp32" else 0.02
+    for seed in range(3):
+        gradients, batch = [], LocalBatch.whole(causal_batch(ids(6, 17, seed=seed)))
+        for work in (lambda batch: accumulate(network, batch, settings), graphs.accumulate):
+            network.zero_grad()
+            loss = work(batch)
+            assert torch.isfinite(loss)
+            gradients.append(torch.cat([parameter.grad.flatten() for parameter in network.parameters()]))
+        assert (gradients[1] - gradients[0]).norm() < rounding * gradients[0].norm()
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter += 0.01
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("error:training without CUDA graphs")
+def test_training_with_cuda_graphs_reaches_the_losses_of_training_without(text_file: Path, tmp_path: Path) -> None:
+    for mode in ("off", "graph"):
+        recipe = _recipe(text_file, "training.precision=bf16", f"training.compile={mode}", "evaluation.every=10")
+        train(recipe, tmp_path / mode, device="cuda")
+    assert Run.open(tmp_path / "graph").recipe.training.compile == "graph"
+    assert _losses(tmp_path / "graph") == pytest.approx(_losses(tmp_path / "off"), rel=0.03)
+
+
+def _losses_and_gradient(objective: Objective, network: Model, batch: Batch, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean losses and the gradient on the device of the network, copied to the CPU."""
+    settings = GradientSettings(len(batch), Precision(precision, network.device), objective)
+    losses = accumulate(network, LocalBatch.whole(batch), settings)
+    return losses.cpu(), torch.cat([parameter.grad.flatten().cpu() for parameter in network.parameters()])
+
+
+def _assert_same_losses_and_gradient_on_the_gpu(build: Callable[[Model], Objective], batch: Batch, precision: str) -> None:
+    """`build` returns the objective, given a fixed network on the device."""
+    (expected, gradient), (losses, on_gpu) = (
+        _losses_and_gradient(build(model("gpt2").to(device)), model("modern").to(device).train(), batch, name)
+        for device, name in ((torch.device("cpu"), "fp32"), (CUDA, precision))
+    )
+    rounding = 1e-3 if precision == "fp32" else 0.05
+    torch.testing.assert_close(losses, expected, atol=1e-6, rtol=rounding)
+    assert (on_gpu - gradient).norm() < rounding * gradient.norm()
+
+
+@pytest.mark.usefixtures("_no_tf32")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_losses_and_gradients_of_distillation_on_the_gpu_match_the_cpu(precision: str) -> None:
+    batch = causal_batch(ids(4, 17))
+    _assert_same_losses_and_gradient_on_the_gpu(lambda teacher: Distillation([teacher], 0.4), batch, precision)
+
+
+@pytest.mark.usefixtures("_no_tf32")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_losses_and_gradients_of_preferences_on_the_gpu_match_the_cpu(precision: str) -> None:
+    """A row contains two conversations of 16 tokens. The answers have different lengths, and padding follows them."""
+    segments = torch.zeros(4, 2, 16, dtype=torch.int32)
+    for pair in range(4):
+        for side in range(2):
+            end = 10 + (pair + 2 * side) % 6
+            segments[pair, side, 6:end], segments[pair, side, end:] = ANSWER, -1
+    examples = {"tokens": ids(4, 32).numpy(), "segments": segments.flatten(1).numpy()}
+    batch = DPO(0.3).batch(examples, 0, 0)
+    _assert_same_losses_and_gradient_on_the_gpu(lambda reference: DPO(0.3, reference), batch, precision)
+
+
+def test_averaged_weights_on_the_gpu_match_the_cpu_and_skip_steps_without_synchronization() -> None:
+    averages = []
+    for device in (torch.device("cpu"), CUDA):
+        network, generator = model("modern"), torch.Generator().manual_seed(1)
+        steps = [[torch.randn(parameter.shape, generator=generator) for parameter in network.parameters()] for _ in range(3)]
+        network = network.to(device)
+        average = WeightAverage(network, {parameter: name for name, parameter in network.named_parameters()}, 0.5)
+        for number, (changes, usable) in enumerate(zip(steps, (True, False, True), strict=True), 1):
+            with torch.no_grad():
+                for parameter, change in zip(network.parameters(), changes, strict=True):
+                    parameter += change.to(device)
+            average.update(number, torch.tensor(usable, device=device))
+        with average.applied():
+            averages.append([parameter.detach().cpu().clone() for parameter in network.parameters()])
+    torch.testing.assert_close(averages[1], averages[0], atol=1e-6, rtol=1e-5)
 
 
 def test_the_feed_returns_contiguous_pinned_memory() -> None:

@@ -9,7 +9,7 @@ from command import RunCli
 from tinylm_cli.recipe_files import shipped_recipes
 
 from tinylm.errors import InputError
-from tinylm.ladder import DEFAULT_RUNGS, RUNGS, LadderPlan, climb, find_rungs, parameter_count, width_for
+from tinylm.ladder import DEFAULT_RUNGS, RUNGS, LadderPlan, find_rungs, parameter_count, run_ladder, width_for
 from tinylm.model import registry
 from tinylm.recipe import load
 from tinylm.run import Run
@@ -72,7 +72,7 @@ def test_invalid_models_and_settings_are_rejected_before_training(
     with pytest.raises(InputError, match="no such model 'ngrams'"):
         find_rungs(["ngrams"])
     with pytest.raises(InputError, match="did you mean n_layer"):
-        list(climb(plan(tmp_path, "lstm", overrides=("model.n_layers=3",))))
+        list(run_ladder(plan(tmp_path, "lstm", overrides=("model.n_layers=3",))))
     for arguments in (["--minutes", "0"], ["--equal", "size"], ["--plot", "plot.txt"]):
         rejected = run_cli("ladder", "builtin:python-docs", *arguments)
         assert rejected.code == 2, rejected.err

@@ -1,16 +1,10 @@
-"""Training a recipe in a run folder: the folder's contents, invalid input, and resuming after damage or a signal."""
+"""Training a recipe in a run folder: the folder's contents, invalid input, and resuming after damage."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -285,7 +279,7 @@ def test_a_text_shorter_than_one_sequence_is_rejected(tmp_path: Path, folder: Pa
     assert not folder.exists()
 
 
-# Damage and signals
+# Damage
 
 
 def test_if_the_newest_checkpoint_is_damaged_resuming_from_the_previous_one_trains_the_same_model(text: Path, folder: Path) -> None:
@@ -332,44 +326,3 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_from_scratch(text: Pat
     reporter = CollectingReporter()
     assert train(recipe, folder, device="cpu", resume=True, reporter=reporter).step == 2
     assert any("starting from step 0" in note for note in reporter.notes)
-
-
-def _start(recipe: Recipe, folder: Path, tmp_path: Path) -> subprocess.Popen[bytes]:
-    """Start `tinylm train` with as many threads as this process uses, because the thread count affects rounding."""
-    file = tmp_path / "recipe.yaml"
-    file.write_text(recipe.to_yaml(), encoding="utf-8")
-    threads = str(torch.get_num_threads())
-    command = [sys.executable, "-m", "tinylm", "train", str(file), "--out", str(folder), "--device", "cpu", "--threads", threads]
-    return subprocess.Popen([*command, "--json", "--quiet"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ))
-
-
-def _wait_until(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 600
-    while not condition():
-        assert process.poll() is None, process.communicate()[1].decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def _logged(folder: Path) -> int:
-    metrics = folder / "metrics.jsonl"
-    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
-def test_a_signal_stops_training_after_the_current_step_and_saves_a_checkpoint(
-    number: signal.Signals, code: int, text: Path, folder: Path, tmp_path: Path
-) -> None:
-    recipe = _short(text, "checkpoint.every=100000", "evaluation.every=100000", "training.compile=off", steps=100000)
-    process = _start(recipe, folder, tmp_path)
-    _wait_until(process, lambda: _logged(folder) >= 3)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == code
-    assert b"Traceback" not in err
-    result = json.loads(out)
-    assert result["stopped"] == "signal"
-    saved = Run(folder).checkpoint("last")
-    assert saved.problem() is None
-    assert saved.step == result["step"] == max(line["step"] for line in Run(folder).metrics())
-    assert train(recipe, folder, device="cpu", resume=True, stop_after=0.0).step == saved.step + 1

@@ -14,10 +14,13 @@ import torch
 import training_processes
 from command import RunCli
 from conversations import additions, chat_recipe, losses, write_conversations
+from planning import IDLE
 from safetensors.torch import load_file
 
+from tinylm.cost.plan import make_plan
 from tinylm.data import formats
 from tinylm.data.chat import EncodedConversations, PreparedChat
+from tinylm.data.estimate import estimate_data_size
 from tinylm.data.preferences import ANSWER, PreferencePairs, fit_pair
 from tinylm.errors import InputError
 from tinylm.model.base import Model
@@ -181,6 +184,22 @@ def test_only_the_last_answers_are_scored_and_both_have_the_same_prompt(prepared
             prompts.append(ids[: len(ids) - len(turn.ids)].tolist())
         assert prompts[0] == prompts[1]
     assert len(prompts[0]) < len(complete[0][0])
+
+
+def test_a_plan_counts_both_answers_and_the_reference_model(recipe: Recipe, prepared: PreparedChat) -> None:
+    data = estimate_data_size(recipe, SILENT)
+    dataset = PreferencePairs(prepared.train, recipe.model.context_length)
+    assert data.example is not None
+    assert data.example.length == dataset.examples(0, 1)["tokens"].shape[1]
+    tokens = sum(side.shape[1] for pair in dataset.pairs for side in pair)
+    assert (data.tokens.train_tokens, data.tokens.heldout_tokens) == (tokens, tokens), "the same file is held out"
+    alone, planned = (
+        make_plan(recipe, data.tokens.vocab_size, tokens, size=data.example, teachers=teachers, processor=IDLE)
+        for teachers in ((), (recipe.model,))
+    )
+    assert planned.tokens_per_step == round(4 * data.example.tokens)
+    assert planned.memory_bytes.teachers == alone.memory_bytes.weights
+    assert planned.flops > alone.flops
 
 
 def test_training_raises_the_margin_of_held_out_pairs(recipe: Recipe, chat_run: Run, dpo_run: Run, prepared: PreparedChat) -> None:

@@ -15,7 +15,7 @@ from tokenizers import models
 from tinylm.cost import parameters
 from tinylm.errors import InputError
 from tinylm.interchange import gguf, hf_architectures, huggingface, onnx
-from tinylm.model import compiled, decoder, lora
+from tinylm.model import compiled, compiled_translation, decoder, lora
 from tinylm.model.decoder import Decoder, as_decoder, make_decoder
 from tinylm.model.full_pass import FullPassDecoder
 from tinylm.model.packed import Int8Linear
@@ -28,6 +28,7 @@ from tinylm.tokenizer import Tokenizer
 
 BACKENDS: dict[str, Supports] = {
     "compiled step": compiled.SUPPORTS,
+    "compiled translation": compiled_translation.SUPPORTS,
     "tensor step": decoder.SUPPORTS,
     "LoRA": lora.SUPPORTS,
     "modeling_tinylm.py": huggingface.SUPPORTS,

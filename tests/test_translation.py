@@ -78,6 +78,15 @@ def test_micro_batches_do_not_change_the_gradient(pairs_file: Path, run: Run, tm
         torch.testing.assert_close(tensor, _weights(run)[name], atol=2e-4, rtol=1e-3)
 
 
+def test_batches_by_tokens_train_the_same_model_in_micro_batches(pairs_file: Path, tmp_path: Path) -> None:
+    by_tokens = ("data.batch_tokens=120", "training.global_batch_size=32")
+    for size in (4, 32):
+        train(_recipe(pairs_file, *by_tokens, f"training.micro_batch_size={size}", steps=3), tmp_path / str(size), device="cpu")
+    expected = _weights(Run.open(tmp_path / "32"))
+    for name, tensor in _weights(Run.open(tmp_path / "4")).items():
+        torch.testing.assert_close(tensor, expected[name], atol=2e-4, rtol=1e-3)
+
+
 def test_two_processes_with_accumulation_train_the_same_model(pairs_file: Path, run: Run, tmp_path: Path) -> None:
     training_processes.run(_recipe(pairs_file, "training.micro_batch_size=4"), tmp_path / "both", world_size=2)
     for name, tensor in _weights(Run.open(tmp_path / "both")).items():

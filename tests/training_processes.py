@@ -62,6 +62,12 @@ def _train_and_exit(
     if options.pop("defer_results", False):
         trainer.defers_results = lambda device: True
     registered = options.pop("registered", nullcontext)
+    if options.pop("separate_machines", False):  # the same relative path leads to different folders
+        os.environ["LOCAL_RANK"] = "0"
+        machine = folder.parent if rank == 0 else folder.with_name(f"machine-{rank}")
+        machine.mkdir(exist_ok=True)
+        os.chdir(machine)
+        folder = Path(folder.name)
     try:
         with registered():
             result = train(loads(recipe, check_files=False), folder, device="cpu", observer=observer, **options)
@@ -82,8 +88,9 @@ def start(
 ) -> list[BaseProcess]:
     """Start `world_size` processes that train in `folder`.
 
-    `options` are passed to `train`, except for `nan_steps` (steps whose gradients are NaN), `defer_results` (as on a GPU) and
-    `registered` (returns a context manager that registers an architecture).
+    `options` are passed to `train`, except for `nan_steps` (steps whose gradients are NaN), `defer_results` (as on a GPU),
+    `separate_machines` (only the first process can see `folder`) and `registered` (returns a context manager that registers an
+    architecture).
     """
     rendezvous = Path(tempfile.mkdtemp()) / "rendezvous" if world_size > 1 else None
     processes: list[BaseProcess] = []

@@ -1,7 +1,8 @@
 """Ensembles: several trained models that are used as one, by averaging the probabilities that they predict.
 
-`Ensemble.of` checks that the models can be averaged. `evaluation` averages their losses, and `generation` averages the
-probabilities of the next token. A single model is an ensemble with one member. This module does not import torch.
+`Ensemble.of` checks that the models can be averaged. `tinylm.evaluation` averages the probabilities of the target tokens or of the
+labels, and `tinylm.generation` those of the next token. A single model is an ensemble with one member. This module does not import
+torch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from tinylm.errors import InputError
 from tinylm.recipe import Recipe
 from tinylm.recipe.chat import DPOObjective
+from tinylm.recipe.labels import ClassificationObjective
 from tinylm.recipe.schema import CausalLMObjective
 from tinylm.run import Checkpoint, Run
 
@@ -43,7 +45,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """One or more language models with the same tokenizer. All members have the same weight."""
+    """One or more language models, or classifiers with the same labels. All members have the same tokenizer and the same weight."""
 
     members: tuple[Member, ...]
 
@@ -52,8 +54,8 @@ class Ensemble:
         """Combine `runs`, each with the same checkpoint, or several checkpoints of a single run.
 
         `checkpoints` contains `best`, `last` or steps. If it is empty, each run's default checkpoint is used. Raises `InputError`
-        if a checkpoint does not exist, if a member occurs twice, or if the members cannot be averaged: they must be language
-        models, and their tokenizers must have the same content.
+        if a checkpoint does not exist, if a member occurs twice, or if the members cannot be averaged: they must all be language
+        models, or all classifiers with the same labels, and their tokenizers must have the same content.
         """
         if len(runs) > 1 and len(checkpoints) > 1:
             raise InputError(
@@ -67,7 +69,7 @@ class Ensemble:
         for member in members:
             folder = member.checkpoint.path.resolve()
             if folder in seen:
-                raise InputError("is in the ensemble twice", where=member.name, hint="pass it once")
+                raise InputError("is in the ensemble twice", where=member.name, hint="pass each checkpoint once")
             seen.add(folder)
             if len(members) > 1:
                 _check_averages(first, member)
@@ -122,10 +124,17 @@ def teacher_runs(recipe: Recipe) -> list[Run]:
 
 def _check_averages(first: Member, member: Member) -> None:
     """Raise `InputError` if the probabilities of two models cannot be averaged."""
-    recipe = member.run.recipe
-    if not isinstance(recipe.objective, CausalLMObjective | DPOObjective):
-        problem = f"was trained with the {recipe.objective.name} objective, so it cannot be part of an ensemble"
-        raise InputError(problem, where=member.path, hint="ensembles require the causal_lm objective")
+    expected, objective = first.run.recipe.objective, member.run.recipe.objective
+    for each, path in ((expected, first.path), (objective, member.path)):
+        if not isinstance(each, CausalLMObjective | DPOObjective | ClassificationObjective):
+            problem = f"was trained with the {each.name} objective, so it cannot be part of an ensemble"
+            raise InputError(problem, where=path, hint="ensembles consist of language models or of classifiers")
+    theirs = objective.labels if isinstance(objective, ClassificationObjective) else None
+    ours = expected.labels if isinstance(expected, ClassificationObjective) else None
+    if theirs != ours:
+        problem = "does not predict the same labels as" if ours and theirs else "is not the same kind of model as"
+        hint = "all members must be language models, or classifiers with the same labels"
+        raise InputError(f"{problem} {first.path}", where=member.path, hint=hint)
     if member.run.tokenizer.fingerprint != first.run.tokenizer.fingerprint:
         raise InputError(
             f"its tokenizer differs from that of {first.path}, so the probabilities of their tokens cannot be averaged",

@@ -50,6 +50,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(message in str(error) for message in _OUT_OF_MEMORY)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class if the message is empty."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     """Return a hint that suggests the known word most similar to `word`, or None if no word is similar."""
     similar = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

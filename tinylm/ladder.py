@@ -81,7 +81,7 @@ class Row:
 
 @dataclass(frozen=True)
 class LadderPlan:
-    """Settings for `climb`."""
+    """Settings for `run_ladder`."""
 
     folder: Path
     source: tuple[str, ...]
@@ -105,7 +105,7 @@ def find_rungs(names: Sequence[str]) -> list[Rung]:
     return [rung for rung in RUNGS.values() if rung.name in names]
 
 
-def climb(plan: LadderPlan, reporter: Reporter = SILENT) -> Iterator[Row]:
+def run_ladder(plan: LadderPlan, reporter: Reporter = SILENT) -> Iterator[Row]:
     """Train and evaluate the rungs, and yield each result as soon as it is ready.
 
     Raises `InputError` if a recipe is not valid or the folder contains another ladder, and `WorkError` if training fails.

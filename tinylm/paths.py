@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from tinylm.errors import InputError, TinylmError
 
 _TEMPORARY_NAME = re.compile(r"\..*\.[0-9a-f]{12}\.(tmp|old)")
+_URL = re.compile(r"[a-z][a-z0-9+.-]+://.")
 _MAX_NAME_CHARACTERS = 50
 """Temporary names contain up to this many characters of the destination's name, to stay below the file system's limit."""
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -178,6 +179,11 @@ def check_utf8(path: Path) -> None:
     except UnicodeEncodeError:
         hint = "rename the folder whose name is not UTF-8, or move the run"
         raise InputError("the path is not valid UTF-8", where=str(path), hint=hint) from None
+
+
+def is_url(path: str) -> bool:
+    """Whether a path is a URL such as `s3://bucket/run`."""
+    return _URL.match(path) is not None
 
 
 def is_temporary(name: str) -> bool:

@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tinylm.cpu_load import available_cores
-from tinylm.errors import InputError, TinylmError, WorkError
+from tinylm.errors import InputError, TinylmError, WorkError, first_line
 
 if TYPE_CHECKING:  # `launch_info` does not import torch
     import torch
@@ -212,7 +212,7 @@ def join_processes(device: torch.device) -> Iterator[Processes]:
             dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=_TIMEOUT)
         except (ValueError, RuntimeError) as error:
             hint = "start with: torchrun --nproc-per-node N -m tinylm train ..."
-            raise InputError(f"the processes cannot connect: {_first_line(error)}", where="WORLD_SIZE", hint=hint) from None
+            raise InputError(f"the processes cannot connect: {first_line(error)}", where="WORLD_SIZE", hint=hint) from None
     try:
         yield Processes(launch, dist.new_group(backend="gloo", timeout=_TIMEOUT))
     finally:
@@ -244,7 +244,3 @@ def _exit_code(error: BaseException) -> int:
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code or 1
     return 130 if isinstance(error, KeyboardInterrupt) else 1
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

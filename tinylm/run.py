@@ -29,8 +29,10 @@ from tinylm.data.shards import Shard, open_shard
 from tinylm.data.source_spans import Span, open_spans
 from tinylm.data.training_text import TrainingText, open_training_texts
 from tinylm.errors import InputError, TinylmWarning
-from tinylm.paths import atomic_write_text, check_utf8, is_temporary, sha256, sync_folder
+from tinylm.paths import atomic_write_text, check_utf8, is_temporary, is_url, sha256, sync_folder
 from tinylm.recipe import Recipe, load
+from tinylm.remote_runs import POINTERS as POINTERS
+from tinylm.remote_runs import cached_copy
 from tinylm.tokenizer import Tokenizer
 from tinylm.tokenizer.chat_template import CHAT_TEMPLATE_FILE, ChatEncoder, ChatTemplate
 
@@ -65,8 +67,6 @@ MODEL_FILES = ("model.safetensors", "state.json")
 """The checkpoint files that are needed to use the model. The others are needed only to resume training."""
 OPTIMIZER_FILES = "training-"
 """Prefix for the names of optimizer state files."""
-POINTERS = ("best", "last")
-"""Files in the checkpoints folder that each contain the name of a checkpoint."""
 _STEP_NAME = re.compile(r"step-[0-9]{1,15}")
 _MAX_FOREIGN_NAMES = 4
 FORMAT = 3
@@ -271,9 +271,10 @@ class Run:
     def open(cls, path: str | Path, *, embeddings: bool = False) -> Run:
         """Open a run folder, or the run that a checkpoint folder belongs to. Raises `InputError` if `path` is neither.
 
-        An embedding run is accepted only if `embeddings` is true. Runs saved in another checkpoint format are rejected.
+        A URL of a copy (`checkpoint.mirror`) is first downloaded to the cache, without the optimizer state. An embedding run is
+        accepted only if `embeddings` is true. Runs saved in another checkpoint format are rejected.
         """
-        path = Path(path)
+        path = cached_copy(str(path), RUN_FILES, (*MODEL_FILES, "manifest.json")) if is_url(str(path)) else Path(path)
         check_utf8(path)
         if path.parent.name == "checkpoints" and (path / "state.json").exists():
             return cls.open(path.parent.parent, embeddings=embeddings)._pinned(path.name)

@@ -56,6 +56,11 @@ class TrainingSummary:
         return None if self.heldout_loss is None else math.exp(self.heldout_loss)
 
 
+def task_of(run: Run) -> str:
+    """Return the name of the run's objective, or "chat" if a language model was trained on conversations."""
+    return "chat" if run.recipe.data.format == "chat" else run.recipe.objective.name
+
+
 def summarize(run: Run, seconds: float) -> TrainingSummary:
     """Read the metrics and samples of a run. `seconds` is the training time, which limits the time for baselines."""
     first_loss, last_evaluation = None, {}
@@ -72,7 +77,7 @@ def summarize(run: Run, seconds: float) -> TrainingSummary:
         bits_per_byte=bits,
         samples=_first_and_last(read_samples(run)),
         baselines={} if bits is None else _baselines(run, seconds),
-        task="chat" if run.recipe.data.format == "chat" else run.recipe.objective.name,
+        task=task_of(run),
         inspectable=run.recipe.model.inspectable,
     )
 

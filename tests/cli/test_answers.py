@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from command import RunCli
+from command import RunCli, error_of
 
 from tinylm.cost.accelerators import ACCELERATORS
 from tinylm.cost.cpu import Processor
@@ -226,6 +226,33 @@ def test_plan_estimates_the_cost_on_accelerators(run_cli: RunCli, recipe_file: P
     shown = run_cli("plan", recipe_file, "--hardware", "h100-sxm", "--devices", 2).out
     assert "time on 2 h100-sxm" in shown
     assert "(20 per parameter, " in shown
+
+
+def test_plan_writes_the_files_that_start_a_run_on_several_machines(run_cli: RunCli, recipe_file: Path, tmp_path: Path) -> None:
+    script, task = tmp_path / "job.sbatch", tmp_path / "task.yaml"
+    command = ("plan", recipe_file, "--hardware", "h100-sxm", "--nodes", 2, "--gpus-per-node", 2, "--sbatch", script)
+    planned = run_cli(*command, "--time-limit", "2h", "--json").json
+    assert (planned["devices"], planned["nodes"], planned["skypilot"]) == (4, 2, None)
+    assert planned["sbatch"] == {"file": str(script), "text": script.read_text()}
+    assert "#SBATCH --time=0-02:00:00" in planned["sbatch"]["text"]
+    assert "the file already exists (--overwrite replaces it)" in error_of(run_cli(*command))
+    outside = error_of(run_cli("plan", recipe_file, "--hardware", "t4", "--nodes", 1, "--gpus-per-node", 1, "--skypilot", task))
+    assert f"RECIPE: {recipe_file} is not in the current folder" in outside
+    assert "--skypilot: requires --hardware and --nodes" in error_of(run_cli("plan", recipe_file, "--skypilot", task))
+
+
+def test_plan_prints_the_step_time_for_several_numbers_of_accelerators(run_cli: RunCli, recipe_file: Path) -> None:
+    command = ("plan", recipe_file, "--hardware", "h100-sxm", "--gpus", "1,4,64")
+    table = run_cli(*command, "--json").json
+    assert [row["gpus"] for row in table["strong"]] == [1, 4]
+    assert [row["gpus"] for row in table["weak"]] == [1, 4, 64]
+    shown = run_cli(*command).out
+    assert "4 sequences cannot be divided among 64 GPUs" in shown
+    assert "h100-sxm, 8 per node, 3,200 Gbit/s between nodes" in shown
+    assert "100 Gbit/s" in run_cli(*command, "--network", 100).out
+    assert "--gpus: must be numbers separated by commas, such as 1,8,64, not '1;2'" in error_of(
+        run_cli("plan", recipe_file, "--hardware", "t4", "--gpus", "1;2")
+    )
 
 
 def test_a_plan_warns_about_parts_that_it_does_not_estimate(run_cli: RunCli, recipe_file: Path) -> None:

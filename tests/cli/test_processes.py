@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from command import COMMAND, environment, tinylm
 
+from tinylm.pipeline import train
 from tinylm.run import Run
 
 posix = pytest.mark.skipif(os.name == "nt", reason="requires POSIX pipes and signals")
@@ -67,10 +68,13 @@ def test_a_signal_saves_a_checkpoint_and_stops_training(
     result = json.loads(out)
     assert (process.returncode, result["stopped"]) == (code, "signal")
     assert b"stopping after this step" in err
-    last = Run.open(folder).checkpoint("last")
-    assert last.step == result["step"]
+    assert b"Traceback" not in err
+    run = Run.open(folder)
+    last = run.checkpoint("last")
+    assert last.step == result["step"] == max(line["step"] for line in run.metrics())
     assert last.problem() is None
     assert [path.name for path in folder.rglob(".*")] == [".lock"], "no partial files remain"
+    assert train(run.recipe, folder, device="cpu", resume=True, stop_after=0.0).step == last.step + 1
 
 
 @posix

@@ -11,8 +11,8 @@ from command import RunCli
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "there is nothing to try"),
-        (["--trials", "2"], "there is nothing to search"),
+        ([], "--set: is required"),
+        (["--trials", "2"], "--trials: requires --range"),
         (["--range", "seed=1..2"], "requires --trials"),
         (["--set", "seed=1,2", "--set", "seed=3"], "seed is set twice"),
         (["--set", "model.n_head=2,5"], "is not divisible by 5 heads"),

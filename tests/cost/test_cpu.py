@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+from tinylm.cost import cpu
 from tinylm.cost.cpu import (
     AMX_SPEEDUP,
     LAUNCH_SECONDS,
@@ -77,6 +79,15 @@ def test_the_speed_of_this_machine_is_measured() -> None:
     assert machine.state_bandwidth > 1e7
     assert machine.cores >= 1
     assert 0 < machine.cpu_share <= 1
+
+
+def test_a_measurement_is_reused_for_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    monkeypatch.setattr(cpu, "_best", lambda work, **limits: measured.append(work) or 0.5)
+    for now in (-10_009.0, -10_000.0, -9_990.0):  # times that no other test has
+        monkeypatch.setattr(cpu, "time", SimpleNamespace(monotonic=lambda now=now: now))
+        measure(1 << 20, 1 << 22)
+    assert len(measured) == 2 * 3, "matrix multiplication and two bandwidths, twice"
 
 
 def test_the_cost_modules_import_without_torch() -> None:

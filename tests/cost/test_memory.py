@@ -103,8 +103,11 @@ def measured_bytes(
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("preset", DECODER_PRESETS)
+@pytest.mark.parametrize(
+    ("preset", "precision"),
+    # Float16 saves the same tensors as bfloat16. It is slow on a CPU, so one preset has to do.
+    [*((preset, precision) for preset in DECODER_PRESETS for precision in ("fp32", "bf16")), ("modern", "fp16")],
+)
 def test_saved_bytes_match_a_forward_pass_on_a_cpu(preset: str, precision: ComputeDtype, recompute: bool) -> None:
     for parts in PARTS:
         model = section(preset=preset, **parts)
@@ -177,9 +180,19 @@ def test_saved_bytes_match_a_forward_pass_on_a_gpu(preset: str, monkeypatch: pyt
         assert counted == pytest.approx(saved.bytes, rel=0.05), parts
 
 
-@pytest.mark.parametrize(("preset", "precision"), [("modern", "fp32"), ("gpt2", "fp32"), ("llama", "bf16"), ("modern", "bf16")])
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("vocab_size", [100, 1000])
+@pytest.mark.parametrize(
+    ("preset", "precision", "recompute", "vocab_size"),
+    [
+        ("modern", "fp32", False, 100),
+        ("modern", "fp32", True, 1000),
+        ("gpt2", "fp32", False, 1000),
+        ("gpt2", "fp32", True, 100),
+        ("llama", "bf16", False, 100),
+        ("llama", "bf16", True, 1000),
+        ("modern", "bf16", False, 1000),
+        ("modern", "bf16", True, 100),
+    ],
+)
 def test_activation_bytes_match_the_peak_of_a_forward_and_backward_pass(
     preset: str, precision: ComputeDtype, recompute: bool, vocab_size: int
 ) -> None:

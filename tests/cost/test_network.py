@@ -27,6 +27,8 @@ VOCAB_SIZE, SOURCE, TARGET = 61, 20, 28
 MASKED = {"architecture": "encoder", "n_layer": 3, "n_head": 4, "n_embd": 32, "context_length": 24}
 TRANSFORMER = {**MASKED, "architecture": "encoder_decoder", "n_layer": 2, "n_decoder_layer": 3, "context_length": 32}
 RECURRENT = {"architecture": "recurrent_encoder_decoder", "n_embd": 32, "context_length": 32}
+LAYERS = {"n_embd": 32, "context_length": 24, "burn_in": 8}
+WINDOW = {"architecture": "feed_forward", "window": 4, "n_hidden": 48, "context_length": 24}
 TEXT, LABELS, PAIRS = ({"train": "a.jsonl", "format": name} for name in ("text", "labels", "pairs"))
 
 
@@ -49,6 +51,7 @@ RECIPES = {
     "classifier bert": classifier(preset="bert"),
     "classifier decoder": classifier(architecture="decoder", preset="gpt2"),
     "classifier without pooler": recipe(MASKED, LABELS, labels=("a", "b"), label_counts=(1, 1), pooler="none"),
+    "classifier with a pooler norm": recipe(MASKED, LABELS, labels=("a", "b"), label_counts=(1, 1), pooler="gelu_norm"),
     "transformer": recipe({**TRANSFORMER, "preset": "transformer"}, PAIRS),
     "modern": recipe(TRANSFORMER, PAIRS),
     "modern with biases": recipe({**TRANSFORMER, "bias": True, "norm_gain": True, "norm": "layernorm", "n_kv_head": 2}, PAIRS),
@@ -59,6 +62,14 @@ RECIPES = {
     "sutskever": recipe({**RECURRENT, "preset": "sutskever", "n_layer": 2, "tie_embeddings": "all"}, PAIRS),
     "deep": recipe({**RECURRENT, "cell": "lstm", "n_layer": 2, "tie_embeddings": "output"}, PAIRS),
     "bidirectional without attention": recipe({**RECURRENT, "attention": "none", "n_layer": 2}, PAIRS),
+    **{
+        name: recipe({"architecture": name, "n_embd": 32, "context_length": 24, "burn_in": 8}, TEXT)
+        for name in ("rnn", "lstm", "gru")
+    },
+    "tied gru": recipe({"architecture": "gru", "n_embd": 32, "context_length": 24, "burn_in": 0, "tie_embeddings": True}, TEXT),
+    "feed_forward": recipe({**WINDOW}, TEXT),
+    "direct": recipe({**WINDOW, "direct": True}, TEXT),
+    "one_hot": recipe({**WINDOW, "input": "one_hot", "n_embd": 32}, TEXT),
 }
 
 
@@ -77,13 +88,15 @@ def batch_and_size(loaded: Recipe, rows: int, vocab_size: int) -> tuple[Batch, E
         target: np.ndarray = random.integers(1, vocab_size, (rows, targets))
         source[0, -1] = -1
         return pair_batch(source, target), ExampleSize(sources + targets, targets, targets, sources, sources)
-    length = loaded.model.context_length
+    length = loaded.model.context_length + (loaded.model.warmup_tokens if loaded.data.format == "text" else 0)
     tokens = random.integers(0, vocab_size, (rows, length))
     size = ExampleSize(length, length, length)
     if loaded.data.format == "labels":
         tokens[0, -1] = -1
         examples = {"tokens": tokens, "labels": np.zeros((rows, 1), dtype=np.int64)}
         return objectives.build(loaded.objective).batch(examples, 0, 0), size
+    if loaded.objective.name == "causal_lm":
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(tokens)), size
     masked = np.where(random.random(tokens.shape) < 0.15, tokens, -100)
     return Batch(torch.from_numpy(tokens), torch.from_numpy(masked)), size
 
@@ -114,6 +127,10 @@ def test_flops_match_those_that_torch_counts(name: str) -> None:
 
 
 def test_flops_of_recurrent_layers_match_a_hand_calculation() -> None:
+    cell, head = 2 * 4 * 2 * 32 * 32, VOCAB_SIZE * 32  # two layers with four gates, each with two matrices
+    assert network_cost(RECIPES["lstm"], VOCAB_SIZE).flops() == 6 * 24 * cell + 2 * 8 * cell + 6 * 32 * head
+    hidden, head = 48 * 4 * 32, VOCAB_SIZE * (48 + 1)  # the window has three more positions
+    assert network_cost(RECIPES["feed_forward"], VOCAB_SIZE).flops() == 6 * 27 * (hidden + head)
     cost = network_cost(RECIPES["bahdanau"], VOCAB_SIZE, ExampleSize(48, 28, 28, 20, 20))
     encoder = 2 * 3 * 32 * (32 + 32) + 64 * 32  # two directions with three gates each, and the keys of attention
     decoder = 3 * 32 * (32 + 64 + 32) + 32 * 32 + (64 + 64) * 64 + VOCAB_SIZE * 32  # gates, query, readout and head
@@ -143,6 +160,15 @@ def test_flops_of_recurrent_layers_match_a_hand_calculation() -> None:
         ("deep", 2000, "fp32"),
         ("bidirectional without attention", 100, "bf16"),
         ("bidirectional without attention", 2000, "fp32"),
+        ("rnn", 100, "fp32"),
+        ("lstm", 100, "fp32"),
+        ("lstm", 2000, "fp32"),
+        ("gru", 100, "fp32"),
+        ("tied gru", 2000, "fp32"),
+        ("feed_forward", 100, "fp32"),
+        ("feed_forward", 2000, "fp32"),
+        ("direct", 100, "fp32"),
+        ("one_hot", 100, "fp32"),
     ],
 )
 def test_activation_bytes_match_the_peak_of_a_forward_and_backward_pass(
@@ -159,7 +185,7 @@ def test_activation_bytes_match_the_peak_of_a_forward_and_backward_pass(
         loss.backward()  # type: ignore[no-untyped-call]
 
     counted = cost.activation_bytes(PassConfig(vocab_size, 16, precision))
-    recurrent = loaded.model.architecture == "recurrent_encoder_decoder"
+    recurrent = "encoder" not in loaded.model.architecture or loaded.model.architecture == "recurrent_encoder_decoder"
     assert counted == pytest.approx(peak_bytes(work), rel=0.2 if recurrent else 0.15)
 
 

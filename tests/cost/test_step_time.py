@@ -8,12 +8,13 @@ import pytest
 from planning import IDLE, WITHOUT_AMX, plan, recipe
 
 from tinylm.cost.accelerators import find
+from tinylm.cost.cluster import Cluster
 from tinylm.cost.step_time import (
     CLEARLY_FASTER,
     COMPILATION_SECONDS,
     compilation_pays_off,
     cpu_seconds,
-    estimate_on_accelerator,
+    estimate_on_cluster,
 )
 from tinylm.errors import InputError
 from tinylm.recipe import load
@@ -104,7 +105,7 @@ def test_auto_precision_on_an_accelerator_is_bf16_if_supported_and_fp16_otherwis
 def test_the_estimate_for_gpt2_on_an_h200_is_within_15_percent_of_the_measured_speed() -> None:
     """benchmarks/results/h200-2026-11.md: 533,000 to 537,000 tokens/s."""
     shipped = load(Path(__file__).parents[2] / "recipes" / "gpt2-124m.yaml", check_files=False)
-    estimate = estimate_on_accelerator(shipped, 50_304, None, find("h200"), 1)
+    estimate = estimate_on_cluster(shipped, 50_304, None, Cluster(find("h200"), 1))
     assert estimate.micro_batch_size == 128, "as in the measured run"
     assert shipped.training.global_batch_size * 1024 / estimate.step_seconds == pytest.approx(535_000, rel=0.15)
 
@@ -127,6 +128,17 @@ def test_more_devices_are_faster_but_have_a_lower_mfu() -> None:
     assert single.seconds_per_step / 8 < eight.seconds_per_step < single.seconds_per_step / 4
     assert eight.mfu < single.mfu
     assert eight.tokens_per_step == single.tokens_per_step
+
+
+def test_a_model_that_fills_the_memory_is_sharded_and_then_needs_less_memory_on_each_device() -> None:
+    large = ["model.n_layer=24", "model.n_embd=2048", "model.n_head=16", "training.global_batch_size=64"]
+    replicated, sharded = (plan(*large, accelerator="a100-40gb-sxm", devices=8, gpus_per_node=g) for g in (8, 4))
+    assert (replicated.parallel, replicated.nodes, sharded.nodes) == ("ddp", 1, 2)
+    assert sharded.seconds_per_step > replicated.seconds_per_step, "the network is slower than NVLink"
+    sharded = plan(*large, "training.parallel=fsdp", accelerator="a100-40gb-sxm", devices=8)
+    assert sharded.memory_bytes.weights == replicated.memory_bytes.weights // 8
+    assert sharded.checkpoint_bytes == pytest.approx(replicated.checkpoint_bytes, rel=1e-6)
+    assert plan(*large, accelerator="l4", devices=8).parallel == "fsdp"
 
 
 def test_the_step_time_of_a_tiny_model_is_the_time_to_launch_its_kernels() -> None:

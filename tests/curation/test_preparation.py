@@ -232,7 +232,7 @@ def test_a_very_long_document_is_divided(english: str, tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"without": ()}, "all training documents are removed"),
+        ({"without": ()}, "all training documents were removed"),
         ({"heldout_share": 1e-6}, "no held-out documents are left"),
     ],
 )

@@ -27,9 +27,10 @@ def planned(data: DataSize) -> Plan:
     return make_plan(data.recipe, tokens.vocab_size, tokens.train_tokens, size=data.example, processor=IDLE)
 
 
-@pytest.mark.parametrize("kind", ["labels", "pairs", "separate"])
+@pytest.mark.parametrize("kind", ["labels", "pairs", "separate", "batch_tokens"])
 def test_a_plan_matches_the_dataset_and_the_network(kind: str, tmp_path: Path) -> None:
     settings = ["data.vocabulary=separate", "model.tie_embeddings=output"] if kind == "separate" else []
+    settings = ["data.batch_tokens=100"] if kind == "batch_tokens" else settings
     recipe = classifier_recipe(tmp_path) if kind == "labels" else pairs_recipe(tmp_path, *settings)
     data = estimate_data_size(recipe, SILENT)
     data_format = formats.find(recipe.data)

@@ -13,10 +13,9 @@ from safetensors.numpy import load_file, save_file
 from tinylm.embedding.vectors import FORMAT, Vectors
 from tinylm.errors import InputError
 
-gensim_models = pytest.importorskip("gensim.models", reason="gensim has no wheel for this Python")
-
 
 def as_gensim(vectors: Vectors) -> object:
+    gensim_models = pytest.importorskip("gensim.models", reason="gensim has no wheel for this Python")
     keyed = gensim_models.KeyedVectors(vectors.dimensions)
     keyed.add_vectors(list(vectors.names), vectors.matrix)
     return keyed

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from browser import browser
 from encoders import classifier_recipe
 from pairs import REVERSE, network, reversed_pairs, write_jsonl
 from tiny import ids
@@ -44,7 +43,14 @@ def translator(tmp_path_factory: pytest.TempPathFactory) -> Inspection:
     return inspect_text(Run.open(folder / "run"), SOURCE, InspectOptions(translation="d c b a"))
 
 
-@pytest.fixture(scope="module", params=["", "objective: {name: classification, pool: mean, pooler: none}\n"], ids=["tanh", "mean"])
+OBJECTIVES = {
+    "tanh": "",
+    "mean": "objective: {name: classification, pool: mean, pooler: none}\n",
+    "norm": "objective: {name: classification, pooler: gelu_norm}\n",
+}
+
+
+@pytest.fixture(scope="module", params=OBJECTIVES.values(), ids=OBJECTIVES)
 def classifier(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Inspection:
     """Inspect a classifier with a pooling layer, and one without."""
     folder = tmp_path_factory.mktemp("classifier")
@@ -64,7 +70,7 @@ def test_the_contributions_to_a_label_sum_to_its_logit(classifier: Inspection) -
     assert inspected.attributed.target == model.objective.labels[int(logits.argmax())]
     assert inspected.attributed.logit == pytest.approx(float(logits.max()), abs=1e-5)
     assert inspected.attributed.sum == pytest.approx(inspected.attributed.logit, abs=1e-5)
-    assert ("pooling bias" in dict(inspected.attributed.contributions)) == (model.pooler is not None)
+    assert ("pooling bias" in dict(inspected.attributed.contributions)) == (model.objective.pooler == "tanh")
 
 
 def test_the_last_row_of_the_label_lens_is_the_prediction(classifier: Inspection) -> None:
@@ -137,36 +143,35 @@ def test_a_translator_is_viewed_at_all_checkpoints(translator: Inspection) -> No
 
 
 def test_options_for_translators_are_rejected_for_other_models(tiny_run: Run, translator: Inspection) -> None:
-    with pytest.raises(InputError, match="--translation: requires a translator"):
+    with pytest.raises(InputError, match="--translation: requires a translation model"):
         inspect_text(tiny_run, "a b", InspectOptions(translation="c"))
-    with pytest.raises(InputError, match="--corrupt: activation patching does not support translators"):
+    with pytest.raises(InputError, match="--corrupt: activation patching does not support translation models"):
         collect(translator, [], PageOptions(corrupt="a b c e"), SILENT)
 
 
 # The page
 
 
-def test_the_page_of_a_translator_shows_its_alignment(translator: Inspection, tmp_path: Path) -> None:
-    with _opened_page(translator, tmp_path) as page:
-        assert "Not available: ablations are not measured for translators" in page.inner_text("#p-effects")
+def test_the_page_of_a_translator_shows_its_alignment(translator: Inspection, chromium: Any, tmp_path: Path) -> None:
+    with _opened_page(chromium, translator, tmp_path) as page:
+        assert "Not available: ablations are not measured for translation models" in page.inner_text("#p-effects")
         _check_translator(page, translator)
 
 
-def test_the_page_of_a_classifier_shows_label_probabilities_by_layer(classifier: Inspection, tmp_path: Path) -> None:
-    with _opened_page(classifier, tmp_path) as page:
+def test_the_page_of_a_classifier_shows_label_probabilities_by_layer(classifier: Inspection, chromium: Any, tmp_path: Path) -> None:
+    with _opened_page(chromium, classifier, tmp_path) as page:
         assert "Not available: ablations are not measured for classifiers" in page.inner_text("#p-effects")
         shown = page.inner_text("#label-lens")
         assert all(label in shown for label in classifier.labels or ())
 
 
 @contextmanager
-def _opened_page(inspected: Inspection, folder: Path) -> Iterator[Any]:
+def _opened_page(chromium: Any, inspected: Inspection, folder: Path) -> Iterator[Any]:
     """Open the page of an inspection on a small screen, and check that it fits and has no errors."""
     problems: list[str] = []
     file = folder / "page.html"
     file.write_text(render(inspected, []))
-    with browser() as started:
-        page = started.new_page(viewport={"width": 390, "height": 900})
+    with chromium.new_page(viewport={"width": 390, "height": 900}) as page:
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.goto(file.as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from browser import browser
 from inspected import HOSTILE
 
 from tinylm.errors import InputError
@@ -100,10 +99,9 @@ def test_held_out_windows_contain_the_text_in_order(tiny_run: Run) -> None:
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
-def test_the_page_works_in_a_browser(width: int, scheme: str, page_file: Path) -> None:
+def test_the_page_works_in_a_browser(width: int, scheme: str, chromium: Any, page_file: Path) -> None:
     problems: list[str] = []
-    with browser() as started:
-        page = started.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    with chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme) as page:
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None)
         page.on("request", lambda request: problems.append(request.url) if not request.url.startswith("file:") else None)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from encoders import classifier_recipe, masked_recipe
 
+from tinylm.ensemble import Ensemble
 from tinylm.errors import InputError
 from tinylm.evaluation.classify_texts import TextClassifier
 from tinylm.evaluation.filling import fill
@@ -82,6 +83,8 @@ CASES = [
     ("DistilBertForMaskedLM", DISTILBERT, False),
     ("DistilBertForSequenceClassification", {**DISTILBERT, "id2label": LABELS}, False),
     ("ModernBertForMaskedLM", MODERNBERT, True),
+    ("ModernBertForSequenceClassification", {**MODERNBERT, "id2label": LABELS}, True),
+    ("ModernBertForSequenceClassification", {**MODERNBERT, "id2label": LABELS, "classifier_pooling": "mean"}, True),
 ]
 
 
@@ -94,7 +97,7 @@ def test_an_imported_model_computes_the_same_logits(name: str, config: dict[str,
     assert result.tokens_compared > 100
     run = Run.open(tmp_path / "run")
     if "SequenceClassification" in name:
-        classifier = TextClassifier(run, run.checkpoint(), torch.device("cpu"))
+        classifier = TextClassifier(Ensemble.of([run]), torch.device("cpu"))
         assert classifier.labels == ("yes", "no", "perhaps")
         assert set(next(classifier.classify(["The for statement"])).probabilities) == set(LABELS.values())
     elif name != "BertModel":
@@ -137,14 +140,23 @@ def test_a_classifier_is_exported_with_its_labels(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "exported" / "config.json").read_text())
     assert list(config["id2label"].values()) == ["color", "fruit", "tool"]
     pipeline = transformers.pipeline("text-classification", model=str(tmp_path / "exported"), device="cpu")
-    classifier = TextClassifier(run, run.checkpoint(), torch.device("cpu"))
+    classifier = TextClassifier(Ensemble.of([run]), torch.device("cpu"))
     for text in ("the saw", "a red apple", "plum"):
         [answer] = pipeline(text)
         [prediction] = classifier.classify([text])
         assert answer["label"] == prediction.label
         assert answer["score"] == pytest.approx(prediction.probabilities[prediction.label], abs=1e-5)
-    pytest.importorskip("onnxruntime")
+    onnxruntime = pytest.importorskip("onnxruntime")
     assert export(run, "onnx", tmp_path / "model.onnx").largest_difference < 1e-4
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    texts = [run.tokenizer.encode("the saw"), run.tokenizer.encode("a red apple")]
+    length = max(map(len, texts))
+    ids = np.array([[*text, *[0] * (length - len(text))] for text in texts])
+    mask = np.array([[1] * len(text) + [0] * (length - len(text)) for text in texts])
+    [batch] = session.run(None, {"input_ids": ids, "attention_mask": mask})
+    for row, text in zip(batch, texts, strict=True):
+        [alone] = session.run(None, {"input_ids": np.array([text]), "attention_mask": np.ones((1, len(text)), np.int64)})
+        np.testing.assert_allclose(row, alone[0], atol=1e-5)
 
 
 def test_errors_explain_what_cannot_be_exported_or_imported(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from untrained_runs import CONTEXT, MakeRun
 
 from tinylm.errors import InputError, WorkError
 from tinylm.interchange import huggingface
-from tinylm.interchange.exporting import export
+from tinylm.interchange.exporting import ExportResult, export
 from tinylm.interchange.generation_check import Snippet
 from tinylm.tokenizer import Tokenizer
 
@@ -42,15 +43,10 @@ def load(folder: Path, auto_class: str = "AutoModelForCausalLM") -> tuple[Any, A
         return tokenizer, getattr(transformers, auto_class).from_pretrained(folder, **trust).eval()
 
 
-@pytest.fixture
-def exported(make_run: MakeRun, tmp_path: Path) -> Any:
-    """`exported(MODERN)` exports a model and returns its folder."""
-
-    def write(case: tuple[str, dict[str, Any]], **options: Any) -> Path:
-        export(make_run(case[0], **case[1], **options), "hf", tmp_path / "out")
-        return tmp_path / "out"
-
-    return write
+@pytest.fixture(scope="module")
+def exported(export_once: Callable[..., ExportResult]) -> Any:
+    """`exported(MODERN)` exports a model and returns its folder, which tests must not modify because they share it."""
+    return lambda case: Path(export_once(case[0], **case[1]).path)
 
 
 def test_the_model_card_code_runs_in_a_new_process(exported: Any) -> None:
@@ -223,15 +219,19 @@ def test_the_tokenizer_config_defines_every_special_token(exported: Any) -> None
 
 @pytest.mark.parametrize(("case", "type"), [(GPT2_LIKE, "bf16"), (MODERN, "f16"), (MODERN, "bf16")], ids=str)
 def test_weights_are_stored_and_loaded_in_16_bits(
-    case: tuple[str, dict[str, Any]], type: str, make_run: MakeRun, tmp_path: Path
+    case: tuple[str, dict[str, Any]],
+    type: str,
+    make_run: MakeRun,
+    export_once: Callable[..., ExportResult],
+    tmp_path: Path,
 ) -> None:
     result = export(make_run(case[0], **case[1]), "hf", tmp_path / "out", type=type)
-    full = export(make_run(case[0], name="other", **case[1]), "hf", tmp_path / "full")
+    full = export_once(case[0], **case[1])
     assert result.type == type
     assert result.largest_difference <= 1e-4
     assert result.perplexity == pytest.approx(result.run_perplexity, rel=0.05)
     assert result.perplexity != result.run_perplexity
-    size, full_size = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("out", "full"))
+    size, full_size = (Path(each.path, "model.safetensors").stat().st_size for each in (result, full))
     assert full.perplexity is None
     assert size < 0.6 * full_size
     dtype = {"f16": torch.float16, "bf16": torch.bfloat16}[type]

@@ -16,8 +16,13 @@ from tinylm.reporting import CollectingReporter
 from tinylm.run import Run
 from tinylm.tokenizer import Tokenizer
 
-for _module in ("gguf", "accelerate", "transformers"):
-    pytest.importorskip(_module)
+
+@pytest.fixture(scope="module", autouse=True)
+def _packages() -> None:
+    """Import the packages here and not in the module, because this takes seconds in every test process."""
+    for name in ("gguf", "accelerate", "transformers"):
+        pytest.importorskip(name)
+
 
 # (file type, preset, llama.cpp architecture, tokenizer, model overrides)
 CASES: list[tuple[str, str, str, str, dict[str, Any]]] = [

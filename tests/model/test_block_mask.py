@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import model, section
+from tiny import causal_batch, ids, model, section
 
 from tinylm.model import block_mask
 from tinylm.model.block_mask import block_masked_attention, segment_block_mask
 from tinylm.model.positions import segment_mask
+from tinylm.model.transformer import Transformer
+from tinylm.training.compilation import Trial
+from tinylm.training.feed import LocalBatch
+from tinylm.training.objectives import CausalLM
+from tinylm.training.precision import Precision
+from tinylm.training.step import GradientSettings, accumulate
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 SEGMENTS = torch.tensor([[0] * 5 + [1] * 9 + [2] * 6, [3] * 20, list(range(20))])
@@ -54,3 +60,44 @@ def test_block_masks_are_used_for_plain_attention_on_cuda(
     chosen = section("modern", **{"n_head": 2, **overrides})
     assert block_mask.is_supported(chosen, torch.device("cuda")) == supported
     assert not block_mask.is_supported(chosen, torch.device("cpu"))
+
+
+def _network() -> Transformer:
+    network = model("modern", n_head=2, context_length=20).train()
+    network.compile_loss = True  # allows a block mask
+    return network
+
+
+BATCH = LocalBatch.whole(causal_batch(ids(2, 21), (torch.arange(21) // 7).int().expand(2, -1)))
+SETTINGS = GradientSettings(2, Precision("fp32", torch.device("cpu")), CausalLM())
+
+
+def _gradient(network: Transformer) -> torch.Tensor:
+    accumulate(network, BATCH, SETTINGS)
+    return torch.cat([parameter.grad.flatten() for parameter in network.parameters() if parameter.grad is not None])
+
+
+def test_training_uses_a_dense_mask_after_one_warning_if_flex_attention_cannot_be_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no kernel for this GPU\nwith a long message")
+
+    expected = _gradient(_network())
+    monkeypatch.setattr(block_mask.flex, "enabled", True)  # restored after the test
+    monkeypatch.setattr(block_mask, "is_supported", lambda model, device: True)
+    monkeypatch.setattr(block_mask, "flex_attention", fail)
+    network = _network()
+    with pytest.warns(UserWarning, match=r"cannot use FlexAttention \(no kernel for this GPU\); using a dense mask") as warned:
+        Trial(network, BATCH, SETTINGS).seconds()
+    assert len(warned) == 1
+    assert torch.equal(_gradient(network), expected)
+
+
+def test_an_error_that_also_occurs_with_a_dense_mask_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_mask.flex, "used", True)
+    network = _network()
+    monkeypatch.setattr(network, "hidden", None)
+    with pytest.raises(TypeError):
+        Trial(network, BATCH, SETTINGS).run()
+    assert block_mask.flex.enabled

@@ -320,20 +320,29 @@ def test_patching_in_activations_from_another_input_reproduces_the_logits_of_tha
 @pytest.mark.parametrize(("preset", "overrides"), CASES, ids=str)
 @torch.no_grad()
 def test_every_hook_point_has_an_effect(preset: str, overrides: dict[str, Any]) -> None:
+    """All rows of the batch are equal, and each function scales one of them, so that one pass tests many hook points.
+
+    `attn.scores` and `attn.pattern` have a pass of their own, because a function attached to them selects unfused attention.
+    """
     network = case_network(overrides, preset)
-    plain = network(ids())
-    for name in network.hook_names():
+    plain, names = network(ids(1)), network.hook_names()
+    unfused = [name for name in names if name.endswith(("attn.scores", "attn.pattern"))]
+    for group in ([name for name in names if name not in unfused], unfused):
         calls = []
 
-        def scale(x: Tensor, name: str, calls: list[str] = calls) -> Tensor:
+        def scale_a_row(x: Tensor, name: str, group: list[str] = group, calls: list[str] = calls) -> Tensor:
             calls.append(name)
-            return x * torch.linspace(0.5, 1.5, x.shape[-1])
+            scaled = x.clone()
+            scaled[group.index(name)] *= torch.linspace(0.5, 1.5, x.shape[-1])
+            return scaled
 
-        with network.hooks({name: scale}):
-            changed = network(ids())
-        assert calls == [name]
-        assert not torch.allclose(changed, plain, atol=1e-6), name
-    assert torch.equal(network(ids()), plain)
+        with network.hooks(dict.fromkeys(group, scale_a_row)):
+            *changed, unchanged = network(ids(1).expand(len(group) + 1, -1))
+        assert calls == group
+        for name, logits in zip(group, changed, strict=True):
+            assert not torch.allclose(logits, unchanged, atol=1e-6), name
+        torch.testing.assert_close(unchanged, plain[0], atol=1e-5, rtol=1e-5)
+    assert torch.equal(network(ids(1)), plain)
 
 
 @torch.no_grad()

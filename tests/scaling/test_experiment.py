@@ -83,7 +83,7 @@ def test_the_grid_fits_the_time_and_every_run_has_its_own_schedule(english: str,
         assert (recipe.training.steps, recipe.seed) == (int(training.values["training.steps"]), 7)
         assert recipe.training.schedule.name == "wsd"
     assert open_or_plan(tmp_path, request, processor=SLOW) == grid, "a stored grid does not depend on the measured speed"
-    with pytest.raises(InputError, match="with other minutes"):
+    with pytest.raises(InputError, match="with a different --minutes"):
         open_or_plan(tmp_path, Request((str(text),), 6, ("seed=7",)))
 
 
@@ -92,7 +92,7 @@ def test_too_little_time_or_text_is_rejected_before_training(text_file: Path) ->
         plan_grid(Request((str(text_file),), 1), processor=SLOW)
     with pytest.raises(InputError, match="even the smallest models would overfit"):
         plan_grid(Request((str(text_file),), 60), processor=FAST)
-    with pytest.raises(InputError, match="are chosen by the experiment"):
+    with pytest.raises(InputError, match="chooses the sizes and training lengths"):
         plan_grid(Request((str(text_file),), 60, ("model.n_embd=64",)), processor=FAST)
 
 
@@ -189,18 +189,18 @@ def test_an_interrupted_experiment_trains_only_the_missing_run_and_its_predictio
 
     other = tmp_path / "other"
     train(tiny_recipe(text_file, "modern", "training.steps=2", "evaluation.max_tokens=100"), other, device="cpu")
-    assert "evaluation.max_tokens differs" in error_of(run_cli("scale", "--check", other, "--out", folder))
+    assert "has a different evaluation.max_tokens" in error_of(run_cli("scale", "--check", other, "--out", folder))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "SOURCE: missing"),
+        ([], "SOURCE: is required"),
         (["text.txt", "--minutes", "0"], "--minutes: must be a positive duration"),
         (["text.txt", "--plot", "plot.txt"], "--plot: must end in"),
         (["text.txt", "--check", "run"], "SOURCE: cannot be combined with --check"),
         (["--check", "run", "--minutes", "5"], "--minutes: cannot be combined with --check"),
-        (["--check", "run"], "no scaling experiment"),
+        (["--check", "run"], "does not contain a scaling experiment"),
     ],
 )
 def test_invalid_arguments_are_rejected(

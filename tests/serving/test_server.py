@@ -19,7 +19,6 @@ from tinylm.model.decoder import Decoder
 from tinylm.tokenizer import Tokenizer
 
 httpx = pytest.importorskip("httpx")
-openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 server = pytest.importorskip("tinylm.serving.server")
 from running_server import NAME, RunningServer  # noqa: E402 - imports the optional packages checked above
@@ -35,7 +34,13 @@ def running(decoder: Decoder, tokenizer: Tokenizer) -> Iterator[RunningServer]:
 
 
 @pytest.fixture(scope="module")
-def client(running: RunningServer) -> Any:
+def openai() -> Any:
+    """Return the openai package. Importing it takes a second, which test processes without these tests save."""
+    return pytest.importorskip("openai")
+
+
+@pytest.fixture(scope="module")
+def client(running: RunningServer, openai: Any) -> Any:
     return openai.OpenAI(base_url=f"{running.address}/v1", api_key="none", max_retries=0)
 
 
@@ -316,7 +321,7 @@ def test_the_models_tokenize_health_and_metrics_routes_respond(running: RunningS
     assert "# TYPE tinylm_generated_tokens_total counter" in metrics
 
 
-def test_an_api_key_is_required_except_for_the_page_and_health(decoder: Decoder, tokenizer: Tokenizer) -> None:
+def test_an_api_key_is_required_except_for_the_page_and_health(decoder: Decoder, tokenizer: Tokenizer, openai: Any) -> None:
     locked = RunningServer(decoder, tokenizer, server.Limits(), api_key="secret")
     try:
         assert locked.complete(prompt="x").status_code == 401

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,11 +28,19 @@ def test_python_docs_contain_the_language_reference_and_docstrings() -> None:
     assert json.dumps.__doc__.strip().splitlines()[0] in text
 
 
-def test_python_docs_are_created_once() -> None:
+def test_a_builtin_text_is_created_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    created = []
+
+    def documents() -> Iterator[tuple[str, str]]:
+        created.append("python-docs")
+        yield "title", "text"
+
+    monkeypatch.setenv("TINYLM_CACHE", str(tmp_path))
+    monkeypatch.setitem(builtin.BUILTINS, "python-docs", documents)
     path = builtin.path_of("python-docs")
-    created = path.stat().st_mtime_ns
+    assert json.loads(path.read_text()) == {"title": "title", "text": "text"}
     assert builtin.path_of("python-docs") == path
-    assert path.stat().st_mtime_ns == created
+    assert created == ["python-docs"]
 
 
 def test_python_docs_are_reproducible_and_created_without_importing_the_documented_modules(tmp_path: Path) -> None:

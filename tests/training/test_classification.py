@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tinylm.data import formats
 from tinylm.data.framing import Framing
+from tinylm.ensemble import Ensemble
 from tinylm.errors import InputError
 from tinylm.evaluation import classification
 from tinylm.evaluation.classify_texts import TextClassifier
@@ -175,7 +176,7 @@ def test_a_classifier_can_be_initialized_from_a_masked_model_or_another_classifi
 
 
 def test_batched_evaluation_matches_evaluating_one_text_at_a_time(run: Run) -> None:
-    result = evaluate_classifier(run, baselines=False, device="cpu", checkpoint="last")
+    result = evaluate_classifier(Ensemble.of([run], ["last"]), baselines=False, device="cpu")
     network = run.model("last", device="cpu")
     prepared = formats.find(run.recipe.data).prepare(run.recipe, SILENT, 1)
     framing = Framing.of(run.tokenizer, run.recipe.model)
@@ -224,12 +225,25 @@ def test_the_temperature_minimizes_the_loss() -> None:
 
 
 def test_the_probabilities_for_a_text_sum_to_one(run: Run) -> None:
-    classifier = TextClassifier(run, run.checkpoint(), torch.device("cpu"))
+    classifier = TextClassifier(Ensemble.of([run]), torch.device("cpu"))
     predictions = list(classifier.classify(["the saw", "", "a very long text about a red apple and a blue plum"]))
     for prediction in predictions:
         assert sum(prediction.probabilities.values()) == pytest.approx(1)
         assert prediction.label == max(prediction.probabilities, key=lambda label: prediction.probabilities[label])
     assert classifier.calibrate() > 0
+
+
+def test_an_ensemble_predicts_the_mean_of_the_probabilities(run: Run) -> None:
+    steps = [checkpoint.step for checkpoint in run.checkpoints()]
+    ensemble = Ensemble.of([run], [str(step) for step in (steps[0], steps[-1])])
+    members = [TextClassifier(Ensemble((member,)), torch.device("cpu")) for member in ensemble.members]
+    texts = ["the saw", "a red apple"]
+    each = [[prediction.probabilities["fruit"] for prediction in member.classify(texts)] for member in members]
+    together = [prediction.probabilities["fruit"] for prediction in TextClassifier(ensemble, torch.device("cpu")).classify(texts)]
+    assert together == pytest.approx(np.mean(each, axis=0))
+    document = evaluate_classifier(ensemble, baselines=False, device="cpu").as_dict()
+    assert [member["step"] for member in document["members"]] == [steps[0], steps[-1]]
+    assert document["step"] is None
 
 
 def test_cls_pooling_requires_a_bidirectional_model(folder: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_recipe
+from encoders import classifier_recipe
 from tiny import causal_batch, ids, model
 
 from tinylm.errors import WorkError
@@ -174,12 +175,24 @@ def test_auto_compiles_only_if_compilation_pays_off(
     monkeypatch.setattr("tinylm.cost.step_time.compilation_pays_off", compilation_pays_off)
     monkeypatch.setattr(compilation, "available_compiler", lambda device: "g++")
     monkeypatch.setattr(Trial, "seconds", lambda trial, **options: 0.25)  # A step has two micro-batches, so it takes 0.5 seconds.
-    monkeypatch.setattr(compilation, "compile_units", lambda *_, required, reporter: compiled.append(required) or 1.5)
+    monkeypatch.setattr(compilation, "compile_units", lambda *_, required, **options: compiled.append(required) or 1.5)
     recipe = tiny_recipe(text_file, "modern", "training.steps=2", "evaluation.max_tokens=100")
     train(recipe, tmp_path / "run", device="cpu")
     assert set(calls) == {(0.5, None, 2)}
     assert compiled == ([False] if pays_off else [])
     assert load(tmp_path / "run" / "recipe.yaml").training.compile is pays_off
+
+
+def test_auto_does_not_compile_if_batches_have_different_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tinylm.cost.step_time.compilation_pays_off", lambda *_: True)
+    monkeypatch.setattr(compilation, "available_compiler", lambda device: "g++")
+    dynamic_code: list[bool] = []
+    monkeypatch.setattr(compilation, "compile_units", lambda *_, dynamic, **options: dynamic_code.append(dynamic) or 1.5)
+    recipe = classifier_recipe(tmp_path)
+    for compiled, expected in (("auto", []), (True, [True])):
+        training = recipe.training.model_copy(update={"compile": compiled})
+        train(recipe.model_copy(update={"training": training}), tmp_path / str(compiled), device="cpu")
+        assert dynamic_code == expected, "code for batches of any length is compiled only if the recipe requires it"
 
 
 @pytest.mark.parametrize(

@@ -53,11 +53,20 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, bool], list[
     return install
 
 
+SPLITS = [
+    (8, 8, 4, [4]),
+    (8, 8, 2, [4, 2]),
+    (12, 12, 4, [6, 3]),
+    (12, 4, 3, [2]),
+    (15, 15, 5, [5]),
+    (10, 5, 3, [2]),
+    (7, 7, 6, [1]),
+]
+
+
 @pytest.mark.parametrize(
-    ("batch", "micro", "max_sequences", "reduced"),
-    [(8, 8, 4, [4]), (8, 8, 2, [4, 2]), (12, 12, 4, [6, 3]), (12, 4, 3, [2]), (15, 15, 5, [5]), (10, 5, 3, [2]), (7, 7, 6, [1])],
+    ("batch", "micro", "max_sequences", "reduced", "on_gpu"), [*((*split, True) for split in SPLITS), (*SPLITS[1], False)]
 )
-@pytest.mark.parametrize("on_gpu", [True, False], ids=["gpu", "cpu"])
 def test_a_batch_that_does_not_fit_is_split_without_changing_the_result(
     batch: int,
     micro: int,

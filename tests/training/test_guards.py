@@ -33,7 +33,7 @@ from tinylm.training.replay import replay
 
 @pytest.fixture(scope="module")
 def recipe(text_file: Path) -> Recipe:
-    small = ("model.n_embd=16", "model.dropout=0.2", "training.micro_batch_size=2", "evaluation.max_tokens=200")
+    small = ("model.n_embd=16", "model.dropout=0.2", "evaluation.max_tokens=200")
     return tiny_recipe(text_file, "modern", *small, "evaluation.every=10", "checkpoint.every=4", "training.steps=16")
 
 

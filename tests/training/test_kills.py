@@ -26,8 +26,8 @@ STEPS = 16
 
 
 def _recipe(text: Path, *overrides: str) -> Recipe:
-    """Return a recipe with dropout, four micro-batches per step, an epoch boundary in the middle, and frequent saves."""
-    hard = ("model.dropout=0.2", "training.micro_batch_size=2", "model.n_embd=16", "evaluation.max_tokens=200")
+    """Return a recipe with dropout, two micro-batches per step, an epoch boundary in the middle, and frequent saves."""
+    hard = ("model.dropout=0.2", "model.n_embd=16", "evaluation.max_tokens=200")
     often = ("checkpoint.every=2", "checkpoint.keep=2", "evaluation.every=5", "sampling.every=7", "sampling.max_new_tokens=2")
     return tiny_recipe(text, "modern", *hard, *often, f"training.steps={STEPS}", "training.compile=off", *overrides)
 

@@ -24,7 +24,7 @@ STEPS = 7
 
 
 def recipe_of(text: Path, *overrides: str) -> Recipe:
-    """Return a recipe with dropout, optional model parts and eight micro-batches per step.
+    """Return a recipe with dropout, optional model parts and four micro-batches per step.
 
     Muon runs in float32 to reduce rounding errors.
     """
@@ -35,14 +35,29 @@ def recipe_of(text: Path, *overrides: str) -> Recipe:
         "model.ngram_width=8",
         "training.optimizer.newton_schulz_dtype=fp32",
     )
-    training = ("training.micro_batch_size=1", "training.compile=off", f"training.steps={STEPS}", "evaluation.every=4")
-    return tiny_recipe(text, "modern", *model, *ngrams, *training, "checkpoint.every=3", "evaluation.max_tokens=300", *overrides)
+    batch = ("training.global_batch_size=4", "training.micro_batch_size=1")
+    training = ("training.compile=off", f"training.steps={STEPS}", "evaluation.every=4", "checkpoint.every=3")
+    return tiny_recipe(text, "modern", *model, *ngrams, *batch, *training, "evaluation.max_tokens=300", *overrides)
 
 
 @pytest.fixture(scope="module")
 def single(short_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "single"
     training_processes.run(recipe_of(short_file), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ddp(short_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "ddp"
+    training_processes.run(recipe_of(short_file, "training.parallel=ddp"), folder, world_size=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fsdp(short_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "fsdp"
+    training_processes.run(recipe_of(short_file, "training.parallel=fsdp"), folder, world_size=2)
     return folder
 
 
@@ -66,12 +81,12 @@ def _assert_same_up_to_rounding(folder: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_train_the_same_model_as_one(kind: str, single: Path, short_file: Path, tmp_path: Path) -> None:
-    training_processes.run(recipe_of(short_file, f"training.parallel={kind}"), tmp_path / "run", world_size=2)
-    _assert_same_up_to_rounding(tmp_path / "run", single)
-    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+def test_two_processes_train_the_same_model_as_one(kind: str, single: Path, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(kind)
+    _assert_same_up_to_rounding(folder, single)
+    environment = json.loads((folder / "environment.json").read_text())
     assert (environment["processes"], environment["parallel"]) == (2, kind)
-    last = Run(tmp_path / "run").checkpoint("last")
+    last = Run(folder).checkpoint("last")
     shards = sorted(path.name for path in last.path.glob("training-*"))
     assert shards == ["training-00001.safetensors", "training-00002.safetensors"], "each process must save its shard"
 
@@ -109,20 +124,24 @@ def test_a_run_with_two_processes_can_be_resumed_with_one_and_then_four(single: 
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_killing_and_resuming_two_processes_is_bitwise_exact(kind: str, short_file: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(
-        short_file, f"training.parallel={kind}", "training.precision=bf16" if kind == "fsdp" else "checkpoint.every=2"
-    )
-    training_processes.run(recipe, tmp_path / "uninterrupted", world_size=2)
-    processes = training_processes.start(recipe, tmp_path / "run", world_size=2)
+def test_killing_and_resuming_two_processes_is_bitwise_exact(kind: str, ddp: Path, short_file: Path, tmp_path: Path) -> None:
+    """The uninterrupted run is on one machine, and the other one on two machines that do not share the run folder."""
+    if kind == "ddp":
+        recipe, uninterrupted = recipe_of(short_file, "training.parallel=ddp"), ddp
+    else:
+        recipe = recipe_of(short_file, "training.parallel=fsdp", "training.precision=bf16")
+        uninterrupted = tmp_path / "uninterrupted"
+        training_processes.run(recipe, uninterrupted, world_size=2)
+    processes = training_processes.start(recipe, tmp_path / "run", world_size=2, separate_machines=True)
     assert training_processes.kill_when(processes, lambda: training_processes.logged_lines(tmp_path / "run") >= 5, rank=1)
     assert processes[0].exitcode == 1, "the other process must exit with an error"
-    training_processes.run(recipe, tmp_path / "run", world_size=2, resume=True)
+    training_processes.run(recipe, tmp_path / "run", world_size=2, resume=True, separate_machines=True)
+    assert list((tmp_path / "machine-1").rglob("*.safetensors")) == [], "the second machine keeps no copy"
     for line_kind, key in (("step", "loss"), ("step", "grad_norm"), ("eval", "val_loss")):
         assert [line[key] for line in _lines(tmp_path / "run", line_kind)] == [
-            line[key] for line in _lines(tmp_path / "uninterrupted", line_kind)
+            line[key] for line in _lines(uninterrupted, line_kind)
         ]
-    resumed, expected = (_tensors(Run(folder).checkpoint("last").path) for folder in (tmp_path / "run", tmp_path / "uninterrupted"))
+    resumed, expected = (_tensors(Run(folder).checkpoint("last").path) for folder in (tmp_path / "run", uninterrupted))
     assert resumed.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.items())
 

@@ -24,6 +24,15 @@ def test_the_first_signal_is_recorded_and_the_second_exits_immediately(number: s
     assert request.signal_number == number
 
 
+def test_under_torchrun_repeated_signals_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    calls: list[int] = []
+    with StopRequest(lambda: calls.append(1)) as request:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+    assert (calls, request.signal_number) == ([1], signal.SIGTERM)
+
+
 def test_signal_handlers_are_not_changed_outside_the_main_thread() -> None:
     before = signal.getsignal(signal.SIGINT)
     handlers: list[object] = []

@@ -1,12 +1,12 @@
 """Estimate the time of a training step on common accelerators from data sheet figures. This module does not import torch.
 
 The module converts counts (FLOPs and bytes) to seconds. The step time is a roofline estimate (Williams, Waterman & Patterson
-2009). It is the sum of the times for matrix products, other memory traffic, and the part of the all-reduce that does not overlap
-with the backward pass. The constants are the same for every recipe and, except for `MATMUL_EFFICIENCY_HOPPER`, for every
-accelerator. `benchmarks/published.py` compares the estimates with published training runs.
+2009). It is the sum of the times for matrix products and other memory traffic. The constants are the same for every recipe and,
+except for `MATMUL_EFFICIENCY_HOPPER`, for every accelerator. `benchmarks/published.py` compares the estimates with published
+training runs.
 
-The estimate covers data parallelism within one node in which all devices communicate at `link_bandwidth`. It ignores kernel
-launches, which dominate steps of a few milliseconds. `step_time` accounts for them.
+The estimate ignores communication, which `cluster` adds, and kernel launches, which dominate steps of a few milliseconds and which
+`step_time` accounts for.
 """
 
 from __future__ import annotations
@@ -31,16 +31,6 @@ estimates for the runs on H100s in `benchmarks/published.py` are within 5%. With
 BANDWIDTH_EFFICIENCY = 0.85
 """Fraction of the data sheet's memory bandwidth that all other kernels reach. This value is an assumption. Large copies reach about
 0.9. Norms and losses, which reduce along rows, reach less."""
-LINK_EFFICIENCY = 0.7
-"""Fraction of the link bandwidth that a ring all-reduce reaches with gradients of 100 MB or more. This value is an assumption. The
-runs in `benchmarks/published.py` cannot test it, because the all-reduce takes no more than 3% of their step times."""
-OVERLAP_FRACTION = 0.5
-"""Fraction of the all-reduce that overlaps with the backward pass. This value is an assumption. The gradients of the first layers
-and the embedding are computed last, so their all-reduce has no computation to overlap with. In a small model, these gradients are a
-large part of the total."""
-BACKWARD_FRACTION = 2 / 3
-"""The backward pass's share of the combined time for the forward and backward pass. For each matrix product in the forward pass,
-the backward pass computes two."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +52,8 @@ class Accelerator:
     `link_bandwidth`: bandwidth to the other devices in one direction, in bytes/s. This is half the figure in data sheets, which
     add both directions. For cards that can only be bridged in pairs, it is the PCIe bandwidth.
     `matmul_efficiency`: fraction of `flops` that matrix products reach.
+    `network_bandwidth`: bandwidth of a node's network in one direction, in bytes/s: that of NVIDIA's DGX or HGX systems with eight
+    devices, and 100 Gbit/s for devices that are not sold in such systems.
     """
 
     name: str
@@ -71,6 +63,7 @@ class Accelerator:
     link_bandwidth: float
     source: Source
     matmul_efficiency: float = MATMUL_EFFICIENCY
+    network_bandwidth: float = 12.5e9
 
     def matmul_flops(self, precision: MatmulPrecision) -> float:
         """Return the dense FLOP/s in the data sheet. Raises `InputError` if the device does not support the precision."""
@@ -82,15 +75,22 @@ class Accelerator:
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """The parts of one optimizer step in seconds. `communication` excludes what overlaps with the backward pass."""
+    """The parts of one optimizer step in seconds, without communication."""
 
     matmul: float
-    memory: float
-    communication: float
+    elementwise: float
+    """Other memory traffic of the forward and backward passes."""
+    state: float
+    """Memory traffic of the weights, the gradients and the optimizer state."""
+
+    @property
+    def passes(self) -> float:
+        """The forward and backward passes."""
+        return self.matmul + self.elementwise
 
     @property
     def total(self) -> float:
-        return self.matmul + self.memory + self.communication
+        return self.passes + self.state
 
 
 def _from_teraflops(fp32: float, tf32: float | None, bf16: float | None, fp16: float) -> dict[str, float]:
@@ -107,6 +107,7 @@ _A100 = Source(
 )
 _HOPPER_SXM = _from_teraflops(67, 494.7, 989.4, 989.4)
 _PCIE3, _PCIE4, _PCIE5 = 16e9, 32e9, 64e9  # 16 lanes, one direction
+_HDR, _NDR = 8 * 25e9, 8 * 50e9  # one InfiniBand card per device
 
 ACCELERATORS: tuple[Accelerator, ...] = (  # name, FLOP/s, memory, bandwidth, link bandwidth, source
     Accelerator(
@@ -119,6 +120,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (  # name, FLOP/s, memory, bandwidth, li
             "NVIDIA Blackwell Architecture Technical Brief, HGX B200; memory as in the DGX B200 data sheet",
             "https://resources.nvidia.com/en-us-blackwell-architecture",
         ),
+        network_bandwidth=_NDR,
     ),
     Accelerator(
         "h200",
@@ -128,10 +130,11 @@ ACCELERATORS: tuple[Accelerator, ...] = (  # name, FLOP/s, memory, bandwidth, li
         450e9,
         Source("NVIDIA H200 Tensor Core GPU data sheet, SXM", "https://www.nvidia.com/en-us/data-center/h200/"),
         MATMUL_EFFICIENCY_HOPPER,
+        _NDR,
     ),
-    Accelerator("h100-sxm", _HOPPER_SXM, 80e9, 3.35e12, 450e9, _H100, MATMUL_EFFICIENCY_HOPPER),
+    Accelerator("h100-sxm", _HOPPER_SXM, 80e9, 3.35e12, 450e9, _H100, MATMUL_EFFICIENCY_HOPPER, _NDR),
     Accelerator("h100-pcie", _from_teraflops(51, 378, 756, 756), 80e9, 2e12, _PCIE5, _H100, MATMUL_EFFICIENCY_HOPPER),
-    Accelerator("a100-80gb-sxm", _from_teraflops(19.5, 156, 312, 312), 80e9, 2.039e12, 300e9, _A100),
+    Accelerator("a100-80gb-sxm", _from_teraflops(19.5, 156, 312, 312), 80e9, 2.039e12, 300e9, _A100, network_bandwidth=_HDR),
     Accelerator("a100-80gb-pcie", _from_teraflops(19.5, 156, 312, 312), 80e9, 1.935e12, _PCIE4, _A100),
     Accelerator(
         "a100-40gb-sxm",
@@ -143,6 +146,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (  # name, FLOP/s, memory, bandwidth, li
             "NVIDIA A100 Tensor Core GPU Architecture, white paper",
             "https://images.nvidia.com/aem-dam/en-zz/Solutions/data-center/nvidia-ampere-architecture-whitepaper.pdf",
         ),
+        network_bandwidth=_HDR,
     ),
     Accelerator(
         "v100-sxm2-32gb",
@@ -154,6 +158,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (  # name, FLOP/s, memory, bandwidth, li
             "NVIDIA V100 Tensor Core GPU data sheet",
             "https://images.nvidia.com/content/technologies/volta/pdf/volta-v100-datasheet-update-us-1165301-r5.pdf",
         ),
+        network_bandwidth=50e9,  # four EDR InfiniBand cards
     ),
     Accelerator(
         "l40s",
@@ -267,15 +272,13 @@ def step_seconds(
     matmul_bytes: float = 0.0,
     elementwise_bytes: float = 0.0,
     state_bytes: float = 0.0,
-    gradient_bytes: float = 0.0,
 ) -> StepSeconds:
-    """Estimate the seconds for one optimizer step with data parallelism over `devices` in one node.
+    """Estimate the seconds for one optimizer step with data parallelism over `devices`, without communication.
 
     Three counts apply to the global batch, which is divided among the devices. `matmul_flops` is the number of FLOPs in all
     matrix products, `matmul_bytes` is the memory traffic for their operands (the bottleneck in narrow models), and
-    `elementwise_bytes` is all other memory traffic. Two counts apply to each device. `state_bytes` is the memory traffic for
-    weights, gradients and optimizer state, and `gradient_bytes` is the size of the gradients. In a ring all-reduce, each of N
-    devices sends 2 (N - 1) / N times `gradient_bytes` (Patarasuk & Yuan 2009).
+    `elementwise_bytes` is all other memory traffic. `state_bytes` is the memory traffic for weights, gradients and optimizer state
+    on each device.
 
     Raises `InputError` if the accelerator does not support the precision, or if `devices` is below 1.
     """
@@ -286,9 +289,7 @@ def step_seconds(
     # A kernel loads operands while it computes, so its time is the longer of the two.
     matmul = max(matmul_flops / (accelerator.matmul_efficiency * peak), matmul_bytes / bandwidth) / devices
     elementwise = elementwise_bytes / bandwidth / devices
-    ring = 2 * (devices - 1) / devices * gradient_bytes / (LINK_EFFICIENCY * accelerator.link_bandwidth)
-    overlapped = min(OVERLAP_FRACTION * ring, BACKWARD_FRACTION * (matmul + elementwise))
-    return StepSeconds(matmul, elementwise + state_bytes / bandwidth, ring - overlapped)
+    return StepSeconds(matmul, elementwise, state_bytes / bandwidth)
 
 
 @dataclass(frozen=True)
@@ -432,13 +433,14 @@ def matmul_bytes(model: TransformerSection, vocab_size: int, precision: MatmulPr
     return e * (model.n_layer * (3 * projections + attention) + 3 * (width + vocab_size))
 
 
-def state_bytes(parameters: int, micro_batches: int, precision: MatmulPrecision) -> int:
+def state_bytes(parameters: int, micro_batches: int, precision: MatmulPrecision, *, shards: int = 1) -> float:
     """Return the bytes moved on one device for weights, gradients and AdamW state in a step with `micro_batches` micro-batches.
 
     In each micro-batch, each weight is read for two products and its gradient is written (3e) and added to the sum (12). In 16-bit
     precision, the weight and gradient are also cast (6 each). In each step, the gradient norm is computed and the gradients are
-    scaled (12). A fused AdamW then reads the weight, the gradient and two moments, and writes all but the gradient (28).
+    scaled (12). A fused AdamW then reads the weight, the gradient and two moments, and writes all but the gradient (28). If the
+    weights are sharded, each device updates one of `shards` parts of them.
     """
     e = _element_sizes(precision).other
     casts = 2 * _element_sizes(precision).cast
-    return parameters * (micro_batches * (3 * e + casts + 12) + 12 + 28)
+    return parameters * (micro_batches * (3 * e + casts + 12) + (12 + 28) / shards)

@@ -59,7 +59,8 @@ MAX_MEMORY_CORES = 8
 """Number of cores that are enough to saturate the memory bandwidth. Assumed."""
 
 _MATMUL_WIDTH = 768
-_SHARE_VALID_SECONDS = 10
+_VALID_SECONDS = 10
+"""How long a measurement is reused. `tinylm new` estimates many recipes in this time."""
 """A measured CPU share is reused for this many seconds, so that `tinylm new` does not measure it for every candidate."""
 
 
@@ -172,32 +173,41 @@ def newton_schulz_flops(rows: int, columns: int, steps: int) -> int:
 
 
 def measure(activation_bytes: int, weight_bytes: int) -> Processor:
-    """Measure this machine's CPU. This takes about 0.2 seconds. Other running programs lower the measured speed.
+    """Measure this machine's CPU, which takes about 0.2 seconds, or reuse a recent measurement.
 
-    `activation_bytes` and `weight_bytes` are the sizes of the arrays for measuring the two bandwidths.
+    Other running programs lower the measured speed. `activation_bytes` and `weight_bytes` are the sizes of the arrays for
+    measuring the two bandwidths.
     """
-    import numpy as np
-
-    ones = np.ones((_MATMUL_WIDTH, _MATMUL_WIDTH), dtype=np.float32)
-    multiply = _best(lambda: ones @ ones, min_runs=8)
-    bandwidth, state_bandwidth = _bandwidth(activation_bytes), _bandwidth(weight_bytes)
+    period = int(time.monotonic() / _VALID_SECONDS)
     return Processor(
-        matmul_flops=2 * _MATMUL_WIDTH**3 / multiply,
-        bandwidth=bandwidth,
-        state_bandwidth=state_bandwidth,
+        matmul_flops=_matmul_flops(period),
+        bandwidth=_bandwidth(activation_bytes, period),
+        state_bandwidth=_bandwidth(weight_bytes, period),
         cores=available_cores(),
         has_amx=_has_amx(),
-        cpu_share=_recent_cpu_share(int(time.monotonic() / _SHARE_VALID_SECONDS)),
+        cpu_share=_recent_cpu_share(period),
     )
+
+
+# Each of these functions measures once per period. The number of the period changes every `_VALID_SECONDS`.
 
 
 @lru_cache(maxsize=1)
 def _recent_cpu_share(period: int) -> float:
-    """Measure the CPU share once per period. The number of the period changes every `_SHARE_VALID_SECONDS`."""
     return cpu_share()
 
 
-def _bandwidth(size: int) -> float:
+@lru_cache(maxsize=1)
+def _matmul_flops(period: int) -> float:
+    """Measure the FLOP/s of a matrix multiplication in float32."""
+    import numpy as np
+
+    ones = np.ones((_MATMUL_WIDTH, _MATMUL_WIDTH), dtype=np.float32)
+    return 2 * _MATMUL_WIDTH**3 / _best(lambda: ones @ ones, min_runs=8)
+
+
+@lru_cache(maxsize=32)
+def _bandwidth(size: int, period: int) -> float:
     """Measure the bytes/s of adding two arrays of `size` bytes into a third on one core. `size` is clamped to 64 KiB to 64 MiB."""
     import numpy as np
 

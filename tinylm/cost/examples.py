@@ -22,6 +22,8 @@ class ExampleSize:
     """The largest number of positions."""
     source_length: float = 0.0
     source_longest: int = 0
+    filled: float = 1.0
+    """The fraction of a batch's rows that contain an example. The means are over all rows."""
 
     @property
     def positions(self) -> float:

@@ -9,8 +9,9 @@ import os
 from dataclasses import dataclass, replace
 
 from tinylm.cost import memory
+from tinylm.cost.cluster import Strategy
 from tinylm.cost.examples import ExampleSize
-from tinylm.cost.network import has_document_mask, network_cost
+from tinylm.cost.network import NetworkCost, has_document_mask, network_cost
 from tinylm.cost.parameters import has_estimates, lora_parameters
 from tinylm.errors import InputError
 from tinylm.recipe.arithmetic import divisors
@@ -22,6 +23,8 @@ CPU_MICRO_BATCH_TOKENS = 2048
 """Maximum number of tokens in a micro-batch on a CPU. Larger micro-batches do not fit in the caches and are not faster."""
 USABLE_MEMORY = 0.6
 """Fraction of a device's memory that `micro_batch_size: auto` may use."""
+MAX_REPLICATED = 0.5
+"""`parallel: auto` is `ddp` if weights, gradients and optimizer state take at most this fraction of a device's memory."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,15 @@ def estimate_memory(
     accumulates: bool = True,
     optimizer: Optimizer | None = None,
     size: ExampleSize | None = None,
+    shards: int = 1,
 ) -> MemoryEstimate:
     """Estimate the memory needed for training with this micro-batch size.
 
     Weights, gradients and optimizer state are float32 in every precision. With LoRA, only the adapters have gradients and optimizer
     state. If `accumulates` is true, a step has several micro-batches, so gradients and activations exist at the same time.
     `optimizer` is the recipe's optimizer without `auto`, if that is known. `size` is the size of the training examples, or None if
-    it is unknown. Raises `InputError` if the architecture has no estimates.
+    it is unknown. With `fsdp`, `shards` is the number of devices among which weights, gradients and optimizer state are divided.
+    Raises `InputError` if the architecture has no estimates.
     """
     network, model = network_cost(recipe, vocab_size, size), recipe.model
     lora = recipe.training.lora
@@ -89,7 +94,10 @@ def estimate_memory(
     update = memory.muon_bytes(network.matrix_shapes, optimizer) if isinstance(optimizer, MuonOptimizer) else 0
     evaluations = network.evaluation_bytes()
     evaluation = max(evaluations)
-    gradients = 4 * trained
+    gradients = 4 * trained if shards == 1 or accumulates else 4 * trained // shards  # `fsdp` accumulates whole gradients
+    if shards > 1:
+        activations += _gathered_bytes(network, 2 if precision == "bf16" else 4)
+    parameters, slots = parameters // shards, slots // shards
     if on_gpu:
         passes = max(activations + (gradients if accumulates else 0), gradients)
         peak = max(passes, gradients + update, gradients + evaluation)
@@ -112,6 +120,26 @@ def estimate_memory(
     )
 
 
+def _gathered_bytes(network: NetworkCost, weight_bytes: int) -> int:  # type: ignore[type-arg]
+    """Return the size of the weights that `fsdp` gathers on a device at the same time: two blocks, the embeddings and the head."""
+    counts = network.counts
+    outside = counts["embedding"] + counts["positions"] + counts["tables"] + counts["head"]
+    return weight_bytes * (outside + 2 * (network.parameter_count - outside) // network.depth)
+
+
+def data_parallelism(recipe: Recipe, vocab_size: int, memory_bytes: int, devices: int) -> Strategy:
+    """Return how `devices` devices with `memory_bytes` of memory each train together.
+
+    `auto` is `ddp` if the training state takes at most half of a device's memory, or if the architecture has no estimates.
+    """
+    if recipe.training.parallel != "auto":
+        return recipe.training.parallel
+    if devices == 1 or not has_estimates(recipe.model):
+        return "ddp"
+    costs = estimate_memory(recipe, vocab_size, 1)
+    return "fsdp" if costs.weights + costs.gradients + costs.optimizer > MAX_REPLICATED * memory_bytes else "ddp"
+
+
 def choose_micro_batch(
     recipe: Recipe,
     vocab_size: int,
@@ -121,13 +149,15 @@ def choose_micro_batch(
     half: bool = False,
     devices: int = 1,
     size: ExampleSize | None = None,
+    sharded: bool = False,
 ) -> int:
     """Return the recipe's micro-batch size. For `auto`, choose the largest size that fits in the usable fraction of device
     memory.
 
     The chosen size divides each device's batch. It is 1 if no size fits. `max_tokens` limits the micro-batch on a CPU and is None
     for a GPU. `half` means 16-bit training: fp16 if the recipe sets it, and bf16 otherwise. `size` is the size of the
-    training examples, or None if it is unknown. The memory limit is ignored for an architecture without estimates.
+    training examples, or None if it is unknown. `sharded` means `fsdp`. The memory limit is ignored for an architecture without
+    estimates.
     """
     training, positions = recipe.training, recipe.model.context_length if size is None else size.positions
     if training.micro_batch_size != "auto":
@@ -147,6 +177,7 @@ def choose_micro_batch(
             on_gpu=max_tokens is None,
             accumulates=sequences < batch,
             size=size,
+            shards=devices if sharded else 1,
         )
         step = costs.weights + costs.gradients + costs.optimizer + costs.activations
         if step <= USABLE_MEMORY * memory_bytes:

@@ -24,9 +24,10 @@ from tinylm.errors import InputError
 from tinylm.recipe import Recipe
 from tinylm.recipe.encoder import EncoderSection, MaskedLMObjective
 from tinylm.recipe.encoder_decoder import EncoderDecoderSection
+from tinylm.recipe.fixed_context import FeedForwardSection
 from tinylm.recipe.labels import ClassificationObjective
 from tinylm.recipe.pairs import TranslationObjective
-from tinylm.recipe.recurrent import RecurrentEncoderDecoderSection
+from tinylm.recipe.recurrent import GruSection, LstmSection, RecurrentEncoderDecoderSection, RecurrentSection, RnnSection
 from tinylm.recipe.schema import DataSection, DecoderSection, LoraSection, ModelVariant, TransformerSection
 from tinylm.recipe.values import ComputeDtype
 
@@ -36,15 +37,15 @@ _PAIR_EVALUATION_TOKENS = 4096
 """Maximum number of tokens in an evaluation batch of sentence pairs."""
 _CROSS_ATTENTION_SHARE = 0.5
 """Memory traffic of cross-attention, its norm and its residual connection, as a fraction of a block's. Assumed."""
-_GATES = {"lstm": 4, "gru": 3}
-_SAVED_BY_CELL = {"gru": (6, 2), "lstm": (8, 8)}
+_GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
+_SAVED_BY_CELL = {"rnn_tanh": (2, 1), "rnn_relu": (2, 1), "gru": (6, 2), "lstm": (8, 8)}
 """Values that a recurrent layer saves at each position for each unit and for each input. Counted on a CPU, where an LSTM also saves
 the workspace of oneDNN."""
 _SAVED_IN_16_BIT = 0.65
 """Memory of these values in 16-bit precision, as a fraction of that in fp32. Fitted."""
 _SAVED_BY_ATTENDING_CELL = {"gru": 13, "lstm": 15}
 """Values that a decoder with attention saves for each unit at each position, in its first layer and before the head. Counted."""
-_STEP_KERNELS = {"gru": 45, "lstm": 12, "attention": 90}
+_STEP_KERNELS = {"rnn_tanh": 15, "rnn_relu": 15, "gru": 45, "lstm": 12, "attention": 90}
 """Kernels in the forward and backward pass for each position of a recurrent layer, and of additive attention with the layer that
 uses it. Assumed."""
 
@@ -187,6 +188,8 @@ class TransformerCost(NetworkCost[TransformerSection]):
         if self._labels is not None:
             labels = len(self._labels.labels)
             counts["head"] = (width + 1) * (labels + (width if self._labels.pooler != "none" else 0))
+            if self._labels.pooler == "gelu_norm" and model.bias:  # without biases, the norm's gain is as large as the missing bias
+                counts["head"] += 2 * width
         return counts
 
     @property
@@ -628,11 +631,164 @@ class RecurrentTranslatorCost(TranslatorCost[RecurrentEncoderDecoderSection]):
         return _GATES[self.model.cell] * self._width
 
 
+class StatefulCost(NetworkCost[M]):
+    """A language model without attention. All positions of an example have logits."""
+
+    @property
+    @abstractmethod
+    def _head_inputs(self) -> int:
+        """The width of the head's inputs."""
+
+    @property
+    @abstractmethod
+    def _saved_values(self) -> float:
+        """Values that the forward pass of one example saves outside the loss."""
+
+    @property
+    def scores(self) -> float:
+        return 0.0
+
+    @property
+    def attention_flops(self) -> float:
+        return 0.0
+
+    def elementwise_bytes(self, precision: ComputeDtype, *, compiled: bool, compiled_loss: bool = False) -> float:
+        """Each value that is saved is written once and read once, and its gradient too. The loss is as in a decoder."""
+        logits = 4 * (2 if precision != "fp32" else 4) if compiled_loss else 8 + 4 + 12
+        return 4 * 4 * self._saved_values + self.size.length * self.vocab_size * logits
+
+    def matmul_bytes(self, precision: MatmulPrecision) -> float:
+        return 4 * 3 * self._saved_values
+
+    def activation_bytes(self, config: PassConfig) -> int:
+        tokens = config.sequences * self.size.longest
+        saved = config.sequences * round(4 * self._saved_values) + 8 * tokens
+        sizes = {"n_layer": 1, "n_head": 1, "n_embd": self._head_inputs, "context_length": self.size.longest}
+        head = DecoderSection.model_validate({"preset": "gpt2", **sizes})
+        backward = 4 * tokens * self.activation_width
+        return saved + max(memory.loss_bytes(head, config) + 4 * self.vocab_size * self._head_inputs, backward)
+
+    def evaluation_bytes(self) -> tuple[int, int]:
+        rows = min(memory.EVALUATION_BATCH_TOKENS, max(1, memory.EVALUATION_BATCH_LOGITS // self.vocab_size))
+        return 4 * rows * self.activation_width, 4 * rows * (self._head_inputs + 2 * self.vocab_size)
+
+    @property
+    def largest_table(self) -> int:
+        return self.vocab_size * self._head_inputs
+
+
+class RecurrentCost(StatefulCost[RecurrentSection]):
+    """A recurrent language model. The step time is a rough estimate."""
+
+    @property
+    def _head_inputs(self) -> int:
+        return self.model.n_embd
+
+    @property
+    def matrix_shapes(self) -> Counter[tuple[int, int]]:
+        width = self.model.n_embd
+        return Counter({(width, width): 2 * _GATES[self.model.cell] * self.model.n_layer})
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        width, rows = self.model.n_embd, _GATES[self.model.cell] * self.model.n_embd * self.model.n_layer
+        table = self.vocab_size * width
+        return {
+            "embedding": table,
+            "positions": 0,
+            "tables": 0,
+            "head": 0 if self.model.tie_embeddings else table,
+            "matrices": 2 * rows * width,
+            "rest": 2 * rows,
+        }
+
+    @property
+    def _trained_positions(self) -> float:
+        """Number of positions whose gradients are computed. The others are only read to compute the first state."""
+        return self.size.length - self.model.burn_in
+
+    def weight_flops(self, lora: LoraSection | None = None) -> float:
+        layers, head = self.counts["matrices"], self.vocab_size * self.model.n_embd
+        return 6.0 * layers * self._trained_positions + 2.0 * layers * self.model.burn_in + 6.0 * head * self.size.length
+
+    def kernels(self, precision: ComputeDtype, *, compiled: bool) -> float:
+        return cpu.OUTSIDE_KERNELS + _STEP_KERNELS[self.model.cell] * self.model.n_layer * self.size.length
+
+    @property
+    def _saved_values(self) -> float:
+        per_unit, per_input = _SAVED_BY_CELL[self.model.cell]
+        layers = self.model.n_layer * (per_unit + per_input) * self.model.n_embd
+        return self._trained_positions * (self.model.n_embd + layers) + self.size.length * self.model.n_embd
+
+    @property
+    def depth(self) -> int:
+        return self.model.n_layer
+
+    @property
+    def activation_width(self) -> int:
+        return _GATES[self.model.cell] * self.model.n_embd
+
+
+class FeedForwardCost(StatefulCost[FeedForwardSection]):
+    """A feed-forward network that reads a fixed number of tokens."""
+
+    @property
+    def _inputs(self) -> int:
+        """The width of the inputs of the hidden layer."""
+        widths = {"embedding": self.model.n_embd, "one_hot": self.vocab_size + 1, "number": 1}
+        return self.model.window * widths[self.model.input]
+
+    @property
+    def _head_inputs(self) -> int:
+        return self.model.n_hidden + (self._inputs if self.model.direct else 0) + 1  # the bias is a column of the head
+
+    @property
+    def matrix_shapes(self) -> Counter[tuple[int, int]]:
+        return Counter({(self.model.n_hidden, self._inputs): 1})
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return {
+            "embedding": (self.vocab_size + 1) * self.model.n_embd if self.model.input == "embedding" else 0,
+            "positions": 0,
+            "tables": 0,
+            "head": self.vocab_size * self._head_inputs,
+            "matrices": self.model.n_hidden * self._inputs,
+            "rest": self.model.n_hidden,
+        }
+
+    def weight_flops(self, lora: LoraSection | None = None) -> float:
+        """With one-hot inputs, the hidden layer adds up columns of its weight instead of multiplying by it."""
+        hidden = 0 if self.model.input == "one_hot" else self.counts["matrices"]
+        return 6.0 * self.size.length * (hidden + self.counts["head"])
+
+    def kernels(self, precision: ComputeDtype, *, compiled: bool) -> float:
+        return cpu.kernels(1, 0, precision, compiled=False)
+
+    @property
+    def _saved_values(self) -> float:
+        inputs = self.model.n_hidden if self.model.input == "one_hot" else self._inputs
+        copies = 2 if self.model.direct else 1
+        return self.size.length * (copies * inputs + self.model.n_hidden + 2 * self._head_inputs + 2 * self.model.window)
+
+    @property
+    def depth(self) -> int:
+        return 1
+
+    @property
+    def activation_width(self) -> int:
+        return max(self.model.n_hidden, self._head_inputs)
+
+
 _COSTS: Mapping[type[ModelVariant], type[NetworkCost]] = {  # type: ignore[type-arg]
     DecoderSection: TransformerCost,
     EncoderSection: TransformerCost,
     EncoderDecoderSection: EncoderDecoderCost,
     RecurrentEncoderDecoderSection: RecurrentTranslatorCost,
+    RnnSection: RecurrentCost,
+    LstmSection: RecurrentCost,
+    GruSection: RecurrentCost,
+    FeedForwardSection: FeedForwardCost,
 }
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from tinylm.errors import InputError
 from tinylm.recipe.encoder import EncoderSection
 from tinylm.recipe.encoder_decoder import EncoderDecoderSection
-from tinylm.recipe.recurrent import RecurrentEncoderDecoderSection
+from tinylm.recipe.fixed_context import FeedForwardSection
+from tinylm.recipe.recurrent import GruSection, LstmSection, RecurrentEncoderDecoderSection, RnnSection
 from tinylm.recipe.schema import DecoderSection, LoraSection, ModelVariant, TransformerSection
 from tinylm.recipe.support import ANY, COMMON, Supports, unsupported_parts
 
@@ -20,7 +21,10 @@ _SUPPORTS_BY_SECTION: Mapping[type[ModelVariant], Supports] = {
     EncoderSection: _STACK | dict.fromkeys(("architecture", "token_types", "head_transform", "head_bias", "norm_first_block"), ANY),
     EncoderDecoderSection: _STACK
     | dict.fromkeys(("architecture", "n_decoder_layer", "head_bias", "scale_embeddings", "learned_start"), ANY),
-    RecurrentEncoderDecoderSection: dict.fromkeys(RecurrentEncoderDecoderSection.model_fields, ANY),
+    **{
+        section: dict.fromkeys(section.model_fields, ANY)
+        for section in (RecurrentEncoderDecoderSection, RnnSection, LstmSection, GruSection, FeedForwardSection)
+    },
 }
 """`SUPPORTS` for each architecture that has estimates."""
 

@@ -12,19 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tinylm.cost import accelerators
+from tinylm.cost.cluster import GPUS_PER_NODE, Cluster, Strategy
 from tinylm.cost.cpu import Processor
 from tinylm.cost.examples import ExampleSize
 from tinylm.cost.micro_batch import MemoryEstimate, estimate_memory
 from tinylm.cost.network import network_cost
 from tinylm.cost.parameters import (
-    estimated,
-    has_estimates,
     lora_parameters,
     not_estimated,
     parameter_counts,
     teacher_flops_per_token,
 )
-from tinylm.cost.step_time import estimate_on_accelerator, estimate_on_cpu, with_teachers
+from tinylm.cost.step_time import estimate_on_cluster, estimate_on_cpu, with_teachers
 from tinylm.cpu_load import MIN_CPU_SHARE
 from tinylm.errors import InputError
 from tinylm.recipe.encoder import MaskedLMObjective
@@ -74,13 +73,13 @@ class Plan:
 
     If the recipe sets `minutes`, `steps` and everything that depends on it are estimates. `micro_batch_size`,
     `gradient_accumulation_steps` and `memory_bytes` are per device. `seconds_estimate` includes compilation (`start_up_seconds`)
-    but not evaluations (`evaluation_seconds`). `mfu` is the model FLOPs utilization, the fraction of the peak FLOP/s at this
-    precision that the recipe's FLOPs use. `cpu_share` is the fraction of the time that a thread runs on a core when all
-    cores are in use. It is 1 for accelerators, which are not measured. If the machine is busy, `seconds_range` and `steps_range`
-    extend from the estimate for an idle machine to the estimate for this CPU share. Otherwise, both ends equal the estimate.
-    `not_estimated` lists the parts of the model that the plan ignores, as "key value". `sources` is empty unless the text is a
-    mixture. `compute_optimal` is None unless the model is a decoder that predicts the next token, because these laws were measured
-    for such models.
+    but not evaluations (`evaluation_seconds`). `parallel` is how several devices train together. `mfu` is the model FLOPs
+    utilization, the fraction of the peak FLOP/s at this precision that the recipe's FLOPs use. `cpu_share` is the fraction of the
+    time that a thread runs on a core when all cores are in use. It is 1 for accelerators, which are not measured. If the machine
+    is busy, `seconds_range` and `steps_range` extend from the estimate for an idle machine to the estimate for this CPU share.
+    Otherwise, both ends equal the estimate. `not_estimated` lists the parts of the model that the plan ignores, as "key value".
+    `sources` is empty unless the text is a mixture. `compute_optimal` is None unless the model is a decoder that predicts the next
+    token, because these laws were measured for such models.
     """
 
     parameters: int
@@ -100,6 +99,8 @@ class Plan:
     seconds_estimate: float
     hardware: str
     devices: int
+    nodes: int
+    parallel: Strategy
     device_memory_bytes: int
     precision: ComputeDtype
     compiled: bool
@@ -130,16 +131,19 @@ def make_plan(
     source_tokens: Sequence[int] = (),
     accelerator: str | None = None,
     devices: int = 1,
+    gpus_per_node: int = GPUS_PER_NODE,
+    network_bandwidth: float | None = None,
     processor: Processor | None = None,
     teachers: Sequence[ModelVariant] = (),
     size: ExampleSize | None = None,
 ) -> Plan:
     """Estimate the cost of a recipe for `train_tokens` training tokens, on this machine's CPU or on `devices` accelerators.
 
-    `accelerator` is a name in `accelerators.ACCELERATORS`, or None for the CPU. `heldout_tokens` is the length of the held-out
-    text, and `source_tokens` are the numbers of training tokens of the sources of a mixture. If `processor` is None, the CPU is
-    measured. `teachers` are the `model:` sections of the runs in `objective.teacher`. `size` is the mean size of labeled texts or
-    sentence pairs, and None for a text, whose examples fill the context.
+    `accelerator` is a name in `accelerators.ACCELERATORS`, or None for the CPU. The devices are in nodes of `gpus_per_node`, and
+    `network_bandwidth` is a node's, in bytes/s (None: that of the usual system with this accelerator). `heldout_tokens` is the
+    length of the held-out text, and `source_tokens` are the numbers of training tokens of the sources of a mixture. If `processor`
+    is None, the CPU is measured. `teachers` are the `model:` sections of the runs in `objective.teacher`. `size` is the mean size
+    of labeled texts or sentence pairs, and None for a text, whose examples fill the context.
 
     Raises `InputError` if the architecture has no estimates, if the text is shorter than one sequence, if the accelerator is
     unknown or does not support the recipe's precision, or if the batch cannot be divided among the devices.
@@ -154,9 +158,10 @@ def make_plan(
     per_example = network.size.tokens
     steps = training_steps(training, per_example, examples_per_epoch(recipe, train_tokens, size))
     if accelerator is None:
-        step = estimate_on_cpu(recipe, vocab_size, steps, processor, size)
+        nodes, step = 1, estimate_on_cpu(recipe, vocab_size, steps, processor, size)
     else:
-        step = estimate_on_accelerator(recipe, vocab_size, steps, accelerators.find(accelerator), devices, size)
+        cluster = Cluster(accelerators.find(accelerator), devices, gpus_per_node, network_bandwidth)
+        nodes, step = cluster.nodes, estimate_on_cluster(recipe, vocab_size, steps, cluster, size)
     step = with_teachers(step, recipe, vocab_size, teachers)
     seconds_per_evaluation = _evaluated_tokens(recipe, heldout_tokens) * step.evaluation_seconds
     if steps is None:
@@ -172,9 +177,10 @@ def make_plan(
         accumulates=accumulation > 1,
         optimizer=step.optimizer,
         size=size,
+        shards=devices if step.parallel == "fsdp" else 1,
     )
     costs = costs.with_teachers(
-        sum(sum(parameter_counts(estimated(teacher), vocab_size).values()) for teacher in teachers if has_estimates(teacher))
+        sum(sum(parameter_counts(teacher, vocab_size).values()) for teacher in teachers if isinstance(teacher, DecoderSection))
     )
     counts = network.counts
     adapters = lora_parameters(model, training.lora) if training.lora and isinstance(model, TransformerSection) else 0
@@ -199,10 +205,12 @@ def make_plan(
         epochs=tokens / train_tokens,
         flops=(per_token + teacher_flops_per_token(teachers, vocab_size)) * tokens,
         memory_bytes=costs,
-        checkpoint_bytes=costs.weights + costs.optimizer,
+        checkpoint_bytes=(costs.weights + costs.optimizer) * (devices if step.parallel == "fsdp" else 1),
         seconds_estimate=seconds,
         hardware=step.name,
         devices=devices,
+        nodes=nodes,
+        parallel=step.parallel,
         device_memory_bytes=step.memory_bytes,
         precision=step.precision,
         compiled=step.compiled,
@@ -221,7 +229,7 @@ def make_plan(
         ),
         not_estimated=(
             *not_estimated(model),
-            *(f"teacher {teacher.architecture}" for teacher in teachers if not has_estimates(teacher)),
+            *(f"teacher {teacher.architecture}" for teacher in teachers if not isinstance(teacher, DecoderSection)),
         ),
         sources=_source_uses(recipe, source_tokens, tokens),
     )

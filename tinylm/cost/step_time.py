@@ -16,11 +16,18 @@ from dataclasses import dataclass, replace
 
 from tinylm.cost import accelerators, cpu, memory
 from tinylm.cost.accelerators import Accelerator, MatmulPrecision
+from tinylm.cost.cluster import BACKWARD_FRACTION, Cluster, Layers, Passes, Strategy, exposed_seconds
 from tinylm.cost.cpu import CpuSeconds, Processor
 from tinylm.cost.examples import ExampleSize
-from tinylm.cost.micro_batch import CPU_MICRO_BATCH_TOKENS, check_batch_divides, choose_micro_batch, host_memory_bytes
-from tinylm.cost.network import network_cost
-from tinylm.cost.parameters import estimated, flops_per_token, lora_parameters, teacher_flops_per_token
+from tinylm.cost.micro_batch import (
+    CPU_MICRO_BATCH_TOKENS,
+    check_batch_divides,
+    choose_micro_batch,
+    data_parallelism,
+    host_memory_bytes,
+)
+from tinylm.cost.network import NetworkCost, network_cost
+from tinylm.cost.parameters import lora_parameters, teacher_flops_per_token
 from tinylm.recipe.schema import ModelVariant, MuonOptimizer, Optimizer, Recipe, TrainingSection, TransformerSection
 from tinylm.recipe.values import ComputeDtype
 
@@ -35,6 +42,10 @@ COMPILATION_SECONDS = {"cpu": 12.0, "cuda": 45.0}
 """Assumed compilation time in seconds by device type. For other devices, it is 60 seconds."""
 MIN_COMPILATION_PAYBACK = 1.5
 """Compile only if the saved time is more than this multiple of the compilation time."""
+
+COMPILED_TOGETHER = {"cuda": (0.04, 180.0)}
+"""By device type: the fraction of the time of a step with compiled blocks that compiling all blocks together may save, and the
+seconds that this takes. Both are assumptions. They only decide whether training tries it, and it keeps the faster of the two."""
 
 _ADAMW_BYTES = 28 + 12
 """Bytes per weight that an AdamW step and clipping move. AdamW reads the weight, the gradient and two moments, and writes all but
@@ -66,13 +77,16 @@ class StepEstimate:
     """Compilation time in seconds, or 0 without compilation."""
     cpu_share: float = 1.0
     """Fraction of the time that a thread runs on a CPU core when all cores are in use. It is 1 for accelerators."""
+    parallel: Strategy = "ddp"
+    """How several devices train together."""
 
 
 def with_teachers(step: StepEstimate, recipe: Recipe, vocab_size: int, teachers: Sequence[ModelVariant]) -> StepEstimate:
     """Add the forward passes of distilled models to a step. They are assumed to take as long per FLOP as the rest of the step."""
     if not teachers:
         return step
-    own_flops = flops_per_token(estimated(recipe.model), vocab_size, recipe.training.lora)
+    network = network_cost(recipe, vocab_size)
+    own_flops = network.flops(recipe.training.lora) / network.size.tokens
     return replace(step, step_seconds=step.step_seconds * (1 + teacher_flops_per_token(teachers, vocab_size) / own_flops))
 
 
@@ -81,9 +95,21 @@ def compilation_pays_off(step_seconds: float, seconds_left: float | None, steps_
 
     Training ends after `seconds_left` or `steps_left`, whichever comes first. None means no limit.
     """
+    saved = _total_seconds(step_seconds, seconds_left, steps_left) * COMPILATION_SAVINGS
+    return saved > MIN_COMPILATION_PAYBACK * COMPILATION_SECONDS.get(device_type, 60.0)
+
+
+def compiling_together_may_pay_off(
+    step_seconds: float, seconds_left: float | None, steps_left: float | None, device_type: str
+) -> bool:
+    """Like `compilation_pays_off`, for compiling all blocks together. `step_seconds` is the time of a step with compiled blocks."""
+    savings, compilation_seconds = COMPILED_TOGETHER[device_type]
+    return _total_seconds(step_seconds, seconds_left, steps_left) * savings > MIN_COMPILATION_PAYBACK * compilation_seconds
+
+
+def _total_seconds(step_seconds: float, seconds_left: float | None, steps_left: float | None) -> float:
     ends = [seconds_left, None if steps_left is None else steps_left * step_seconds]
-    total = min((end for end in ends if end is not None), default=0.0)
-    return total * COMPILATION_SAVINGS > MIN_COMPILATION_PAYBACK * COMPILATION_SECONDS.get(device_type, 60.0)
+    return min((end for end in ends if end is not None), default=0.0)
 
 
 def cpp_compiler() -> str | None:
@@ -117,8 +143,8 @@ def estimate_on_cpu(
         faster = machine.has_amx and seconds("bf16").passes < CLEARLY_FASTER * seconds("fp32").passes
         precision = "bf16" if faster else "fp32"
     micro = choose_micro_batch(recipe, vocab_size, host, CPU_MICRO_BATCH_TOKENS, half=precision != "fp32", size=size)
-    compiled = training.compile
-    if compiled == "auto":
+    compiled = training.compile not in (False, "auto")
+    if training.compile == "auto":
         pays_off = compilation_pays_off(seconds(precision).passes, _seconds_left(training), steps, "cpu")
         compiled = _can_compile(recipe) and cpp_compiler() is not None and pays_off
     passes_per_token = seconds("fp32").passes / (training.global_batch_size * size.tokens)
@@ -192,31 +218,31 @@ def cpu_seconds(
     return cpu.step_seconds(machine, work)
 
 
-def estimate_on_accelerator(
-    recipe: Recipe, vocab_size: int, steps: int | None, accelerator: Accelerator, devices: int, size: ExampleSize | None = None
+def estimate_on_cluster(
+    recipe: Recipe, vocab_size: int, steps: int | None, cluster: Cluster, size: ExampleSize | None = None
 ) -> StepEstimate:
-    """Estimate a data-parallel step on `devices` accelerators. `steps` is the number of steps in the run, or None if it is unknown.
+    """Estimate a data-parallel step on a cluster. `steps` is the number of steps in the run, or None if it is unknown.
 
     `size` is the size of the training examples, or None for the largest possible size. Raises `InputError` if the batch cannot be
     divided among the devices, or if the accelerator does not support the recipe's precision.
     """
-    training, size = recipe.training, size or ExampleSize.largest(recipe)
+    training, size, accelerator = recipe.training, size or ExampleSize.largest(recipe), cluster.accelerator
     network = network_cost(recipe, vocab_size, size)
-    check_batch_divides(recipe, devices)
-    if training.precision != "auto":
-        precision: ComputeDtype = training.precision
-    else:
-        precision = "bf16" if "bf16" in accelerator.flops else "fp16" if "fp16" in accelerator.flops else "fp32"
+    check_batch_divides(recipe, cluster.gpus)
+    precision = accelerator_precision(recipe, accelerator)
     peak = accelerator.matmul_flops(_matmul_precision(accelerator, precision))
+    strategy = data_parallelism(recipe, vocab_size, int(accelerator.memory), cluster.gpus)
     resolved = recipe.model_copy(update={"training": training.model_copy(update={"precision": precision})})
     half = precision != "fp32"
-    micro = choose_micro_batch(resolved, vocab_size, int(accelerator.memory), None, half=half, devices=devices, size=size)
+    micro = choose_micro_batch(
+        resolved, vocab_size, int(accelerator.memory), None, half=half, devices=cluster.gpus, size=size, sharded=strategy == "fsdp"
+    )
 
     def seconds(compiled: bool) -> float:
-        return accelerator_seconds(recipe, vocab_size, micro, accelerator, devices, precision, compiled=compiled, size=size)
+        return accelerator_seconds(recipe, vocab_size, micro, cluster, precision, compiled=compiled, size=size)
 
-    compiled = training.compile
-    if compiled == "auto":
+    compiled = training.compile not in (False, "auto")
+    if training.compile == "auto":
         pays_off = compilation_pays_off(seconds(compiled=False), _seconds_left(training), steps, "cuda")
         compiled = _can_compile(recipe) and pays_off
     evaluated_bytes = network.elementwise_bytes("fp32", compiled=False)
@@ -234,22 +260,32 @@ def estimate_on_accelerator(
         step_seconds=seconds(compiled),
         evaluation_seconds=evaluation.total / size.tokens,
         start_up_seconds=COMPILATION_SECONDS["cuda"] if compiled else 0.0,
+        parallel=strategy,
     )
+
+
+def accelerator_precision(recipe: Recipe, accelerator: Accelerator) -> ComputeDtype:
+    """Return the precision in which an accelerator trains a recipe."""
+    if recipe.training.precision != "auto":
+        return recipe.training.precision
+    return "bf16" if "bf16" in accelerator.flops else "fp16" if "fp16" in accelerator.flops else "fp32"
 
 
 def accelerator_seconds(
     recipe: Recipe,
     vocab_size: int,
     micro_batch_size: int,
-    accelerator: Accelerator,
-    devices: int,
+    cluster: Cluster,
     precision: ComputeDtype,
     *,
     compiled: bool,
     size: ExampleSize | None = None,
 ) -> float:
-    """Return the seconds for one optimizer step: the longer of the devices' time and the time to launch their kernels."""
-    training, size = recipe.training, size or ExampleSize.largest(recipe)
+    """Return the seconds for one optimizer step: the longer of the devices' time and the time to launch their kernels.
+
+    The devices' time includes the communication that does not overlap with computation.
+    """
+    training, size, accelerator, devices = recipe.training, size or ExampleSize.largest(recipe), cluster.accelerator, cluster.gpus
     network = network_cost(recipe, vocab_size, size)
     matmul_precision = _matmul_precision(accelerator, precision)
     micro_batches = training.global_batch_size // devices // micro_batch_size
@@ -264,18 +300,37 @@ def accelerator_seconds(
     factor = _recomputation_factor(training)
     compiled_loss = 4 * micro_batch_size * network.targets * vocab_size >= memory.FUSED_LOSS_FROM
     elementwise = network.elementwise_bytes(precision, compiled=compiled, compiled_loss=compiled_loss)
-    device_seconds = accelerators.step_seconds(
+    strategy = data_parallelism(recipe, vocab_size, int(accelerator.memory), devices)
+    shards = devices if strategy == "fsdp" else 1
+    computed = accelerators.step_seconds(
         accelerator,
         devices,
         matmul_precision,
         matmul_flops=factor * sequences * network.flops(training.lora) + muon_flops,
         matmul_bytes=factor * sequences * network.matmul_bytes(matmul_precision),
         elementwise_bytes=factor * sequences * elementwise,
-        state_bytes=accelerators.state_bytes(trained, micro_batches, matmul_precision) + matrices * _muon_bytes(optimizer),
-        gradient_bytes=4 * trained,
-    ).total
+        state_bytes=accelerators.state_bytes(trained, micro_batches, matmul_precision, shards=shards)
+        + matrices * _muon_bytes(optimizer) / shards,
+    )
+    passes = Passes(
+        computed.passes,
+        micro_batches,
+        gather_bytes=2 if precision == "bf16" else 4,
+        backward_fraction=1 - (1 - BACKWARD_FRACTION) / factor,
+    )
+    exposed = exposed_seconds(cluster, _layers(network, trained), passes, strategy)
     launched = factor * micro_batches * network.kernels(precision, compiled=compiled)
-    return max(device_seconds, launched * cpu.LAUNCH_SECONDS)
+    return max(computed.total + exposed, launched * cpu.LAUNCH_SECONDS)
+
+
+def _layers(network: NetworkCost, trained: int) -> Layers:  # type: ignore[type-arg]
+    """Return how the trained parameters are distributed over the layers. With LoRA, all of them are in the blocks."""
+    counts = network.counts
+    head, tables = counts["head"], counts["embedding"] + counts["positions"] + counts["tables"]
+    if trained != network.parameter_count:
+        head = tables = 0
+    share = 6 * (counts["head"] or counts["embedding"]) * network.targets / network.flops()
+    return Layers(network.depth, (trained - head - tables) / network.depth, head, tables, min(share, 1.0))
 
 
 def _matmul_precision(accelerator: Accelerator, precision: ComputeDtype) -> MatmulPrecision:

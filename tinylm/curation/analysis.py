@@ -1,6 +1,6 @@
 """Analyze a block of documents: apply the quality rules, and hash the documents that pass them.
 
-The result of a block is stored in two files, so that a preparation that is killed continues with the first missing block.
+The result of a block is stored in two files, so that an interrupted preparation can continue with the first missing block.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tinylm.paths import atomic_file
 EXCERPT_CHARACTERS = 80
 EMPTY = "empty"
 FILTERS = (EMPTY, *(rule.name for rule in RULES))
-"""What can remove a document before duplicates are removed. A document's code is the index in this tuple plus 1, or 0."""
+"""What can remove a document before duplicates are removed. See `Analysis.codes`."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Analysis:
     codes: np.ndarray
     """uint8: 0 if the document passed all rules, or 1 plus the index in `FILTERS` of the rule that removes it."""
     values: np.ndarray
-    """float64: what that rule measured, or 0."""
+    """float64: the value that this rule measured, or 0."""
     sizes: np.ndarray
     """int64: the size of the text after cleaning, in UTF-8 bytes."""
     hashes: np.ndarray
@@ -55,7 +55,7 @@ class Analysis:
 
 
 def final_text(text: str, settings: Settings, part: str) -> str:
-    """Return the text of a kept document that is encoded. The line rules do not apply to held-out sources."""
+    """Return the text of a document as it is encoded. The line rules do not apply to held-out sources."""
     cleaned = clean(text) if settings.uses("clean") else text
     return apply_line_rules(cleaned, settings.line_rules)[0] if part == "train" else cleaned
 
@@ -124,7 +124,7 @@ class _Filters:
     def apply(self, text: str) -> tuple[tuple[str, float] | None, str, dict[str, RemovedLines]]:
         """Return (the violated rule and its value, or None), the text without the removed lines, and the removed lines.
 
-        As in FineWeb, the rules of Gopher see the text before lines are removed, and the other rules see it afterwards.
+        As in FineWeb, the rules of Gopher apply to the text before lines are removed, and the other rules to the text after that.
         """
         page = Page(text)
         violated = first_violated(page, self._before_lines)

@@ -1,6 +1,6 @@
 """Divide the documents of several sources into blocks, the unit of work and of resuming.
 
-The blocks depend only on the text. The result of a preparation therefore does not depend on how many processes share the blocks.
+The blocks depend only on the text, so the result of a preparation does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Block:
     sources: list[tuple[str, int]] = field(default_factory=list)
     """Each file with the number of its documents in this block."""
     divided: int = 0
-    """Number of documents that continue the document before, which is longer than `MAX_DOCUMENT_CHARACTERS`."""
+    """Number of documents that continue the preceding document, because it is longer than `MAX_DOCUMENT_CHARACTERS`."""
     characters: int = 0
 
     def add(self, source: str, text: str, continues: bool) -> None:

@@ -20,7 +20,7 @@ TRAIN = 0
 EXACT_DUPLICATE, NEAR_DUPLICATE, EXACT_CONTAMINATION, NEAR_CONTAMINATION = range(len(FILTERS) + 1, len(FILTERS) + 5)
 HELDOUT = len(FILTERS) + 5
 REMOVALS = (*FILTERS, "exact_duplicates", "near_duplicates", "exact_contamination", "near_contamination")
-"""Everything that removes documents, in order. The code of a removal is its index plus 1."""
+"""Everything that removes documents, in the order of application. The code of a removal is its index plus 1."""
 RANGE_KEYS = 1 << 22
 """Approximate number of keys that are sorted at once."""
 

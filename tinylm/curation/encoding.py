@@ -38,7 +38,7 @@ class EncodingJob:
     tokenizer: Tokenizer
 
     def run(self, item: tuple[Block, np.ndarray]) -> None:
-        """Encode a block with the codes of its documents, which say what happens to each of them. Skips a block that is encoded.
+        """Encode a block. The codes of its documents determine which of them are encoded. Skips a block that was already encoded.
 
         Raises `InputError` if the block has changed since it was analyzed.
         """

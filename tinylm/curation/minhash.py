@@ -1,7 +1,7 @@
 """MinHash signatures of documents, divided into bands (Broder 1997; Leskovec et al., chapter 3).
 
-Two documents with the Jaccard similarity s of their sets of word 5-grams agree in a whole band of r rows with the probability s^r,
-and in at least one of b bands with the probability 1 - (1 - s^r)^b. FineWeb's 14 bands of 8 rows find 92% of the pairs with s = 0.8
+Two documents with the Jaccard similarity s of their sets of word 5-grams agree in a whole band of r rows with probability s^r,
+and in at least one of b bands with probability 1 - (1 - s^r)^b. FineWeb's 14 bands of 8 rows find 92% of the pairs with s = 0.8
 and 37% of the pairs with s = 0.65.
 """
 
@@ -32,7 +32,8 @@ _MIX = np.uint64(0xBF58476D1CE4E5B9)
 
 
 def shingles(text: str) -> np.ndarray:
-    """Return the hashes of the word 5-grams in a text, uint64. A text with fewer words has one shingle, and without words, none.
+    """Return the hashes of the word 5-grams in a text, uint64. A text with fewer than five words has a single shingle, or none
+    if it has no words.
 
     Case, punctuation, accents and the values of digits are ignored, similar to datatrove.
     """

@@ -5,7 +5,7 @@
 3. `encode`: encode the kept documents of each block. Any process can encode any block.
 4. `finish`: join the tokens of all blocks, and write the manifest. One process.
 
-All intermediate results are files in `DIR/work` that are whole or absent. Running a stage again only computes what is missing.
+All intermediate results are files in `DIR/work` that are written atomically. Running a stage again only computes what is missing.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ class Preparation:
     def check(self, report: Report) -> None:
         """Raise `InputError` if no training or held-out text is left."""
         if not report.train.documents:
-            hint = "switch off the rules that remove them with --without"
-            raise InputError("all training documents are removed", where=describe(self.settings.sources), hint=hint)
+            hint = "use --without to switch off the rules that remove them"
+            raise InputError("all training documents were removed", where=describe(self.settings.sources), hint=hint)
         if not report.heldout.documents:
             hint = "use a larger --heldout-share, or another text with --heldout"
             if self.settings.heldout:

@@ -1,9 +1,9 @@
 """Quality rules for documents: those of Gopher, C4 and FineWeb, with the limits that FineWeb uses.
 
 Gopher: Rae et al. 2021, table A1. C4: Raffel et al. 2020, without the rule that lines must end with punctuation, as in FineWeb.
-FineWeb: Penedo et al. 2024; the limits are the defaults of datatrove, with which the dataset was made. A rule measures one number
-and removes a document if the number is outside its limits. Words are separated by whitespace. The rules were designed for English
-web pages.
+FineWeb: Penedo et al. 2024; the limits are the defaults of datatrove, the library that produced the dataset. A rule measures one
+number and removes a document if the number is outside its limits. Words are separated by whitespace. The rules were designed for
+English web pages.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ class Page:
 
     @cached_property
     def word_hashes(self) -> np.ndarray:
-        # These hashes differ between processes, but all results only depend on which of them are equal.
+        # These hashes differ between processes, but the results depend only on which of them are equal.
         return np.fromiter(map(hash, self.words), dtype=np.int64, count=len(self.words)).view(np.uint64)
 
     @cached_property
     def repeated_lines(self) -> tuple[int, int]:
-        """How many lines repeat an earlier one, and their characters."""
+        """The number of lines that repeat an earlier one, and the number of characters in them."""
         return _repeated(self.lines)
 
     @cached_property
     def repeated_paragraphs(self) -> tuple[int, int]:
-        """How many paragraphs repeat an earlier one, and their characters."""
+        """The number of paragraphs that repeat an earlier one, and the number of characters in them."""
         return _repeated(self.paragraphs)
 
     @cached_property
@@ -129,7 +129,7 @@ def _highest_count(hashes: np.ndarray) -> int:
 
 
 def _repeated(elements: Sequence[str]) -> tuple[int, int]:
-    """Return how many elements repeat an earlier one, and their characters."""
+    """Return the number of elements that repeat an earlier one, and the number of characters in them."""
     unique = set(elements)
     return len(elements) - len(unique), sum(map(len, elements)) - sum(map(len, unique))
 
@@ -195,7 +195,7 @@ class Rule:
 
     @property
     def meaning(self) -> str:
-        """What the rule removes, for example `fewer than 50 words`."""
+        """What the rule removes, for example `words: less than 50 or more than 100,000`."""
         limits = [f"less than {self.low:,g}"] if self.low > -math.inf else []
         limits += [f"more than {self.high:,g}"] if self.high < math.inf else []
         return f"{self.quantity}: {' or '.join(limits)}"

@@ -16,7 +16,7 @@ from tinylm.errors import InputError, did_you_mean
 from tinylm.recipe.schema import BpeTokenizer, FileTokenizer, TokenizerSection
 
 VERSION = 1
-"""Changes when the result for the same settings and text changes, so that the work of an earlier version is not continued."""
+"""Increased when the result for the same settings and text changes, so that the work of an earlier version is not continued."""
 GROUPS = ("gopher", "c4", "fineweb")
 STEPS = {
     "clean": "normalization of the text",

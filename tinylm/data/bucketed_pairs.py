@@ -9,12 +9,13 @@ from functools import cached_property
 import numpy as np
 
 from tinylm.cost.examples import ExampleSize
-from tinylm.data.bucketing import BucketedOrder
+from tinylm.data.bucketing import Order, make_order
 from tinylm.data.datasets import Examples
 from tinylm.errors import InputError, did_you_mean
 from tinylm.tokenizer import Tokenizer
 
 PADDING = -1
+_EMPTY = np.zeros(0, dtype=np.int64)
 
 
 def language_token(language: str) -> str:
@@ -83,9 +84,18 @@ class BucketedPairs:
     """Sentence pairs in a pseudo-random order in which the pairs in each batch have similar lengths."""
 
     def __init__(
-        self, sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], context_length: int, batch_size: int, seed: int
+        self,
+        sources: Sequence[np.ndarray],
+        targets: Sequence[np.ndarray],
+        context_length: int,
+        batch_size: int,
+        seed: int,
+        batch_tokens: int | None = None,
     ) -> None:
-        """Skip pairs in which either sentence is longer than `context_length`. Raises `InputError` if no pairs remain."""
+        """Skip pairs in which either sentence is longer than `context_length`. Raises `InputError` if no pairs remain.
+
+        With `batch_tokens`, a batch contains at most this many tokens, including padding, and the rest of its rows are empty.
+        """
         fitting = [
             index
             for index, (source, target) in enumerate(zip(sources, targets, strict=True))
@@ -95,28 +105,39 @@ class BucketedPairs:
             raise InputError(f"all pairs are longer than {context_length} tokens", where="model.context_length", hint="increase it")
         self._sources, self._targets = [sources[index] for index in fitting], [targets[index] for index in fitting]
         lengths = np.array([(len(self._targets[i]), len(self._sources[i])) for i in range(len(fitting))])
-        self._order = BucketedOrder(lengths, batch_size, seed)
+        self._order = make_order(lengths, batch_size, batch_tokens, seed)
         self.examples_per_epoch = self._order.examples_per_epoch
-        self.tokens_per_example = float(lengths.sum() / len(fitting))
-        (target, source), (longest, longest_source) = self._order.padded_lengths(), lengths.max(axis=0)
-        self.example_size = ExampleSize(self.tokens_per_example, float(target), int(longest), float(source), int(longest_source))
+        self.example_size = pair_size(lengths, self._order)
+        self.tokens_per_example = self.example_size.tokens
 
     def pair_indexes(self, start: int, count: int) -> np.ndarray:
-        """Return the indexes of the pairs at positions [start, start + count), counting only pairs that fit."""
+        """Return the indexes of the pairs at positions [start, start + count), or -1 for empty rows. Only pairs that fit count."""
         return self._order.indexes(start, count)
 
     def examples(self, start: int, count: int) -> Examples:
         """Return the pairs at positions [start, start + count) as `source` and `tokens` (the target), padded with negative ids."""
         indexes = self.pair_indexes(start, count)
         return {
-            "tokens": padded([self._targets[index] for index in indexes]),
-            "source": padded([self._sources[index] for index in indexes]),
+            "tokens": padded([_row(self._targets, index) for index in indexes]),
+            "source": padded([_row(self._sources, index) for index in indexes]),
         }
+
+
+def pair_size(lengths: np.ndarray, order: Order) -> ExampleSize:
+    """Return the size of a row in a batch, given the lengths (pairs, 2) of all targets and sources."""
+    target, source = order.padded_lengths()
+    longest_target, longest_source = order.longest()
+    tokens = float(lengths.sum() / len(lengths)) * order.filled
+    return ExampleSize(tokens, float(target), int(longest_target), float(source), int(longest_source), order.filled)
+
+
+def _row(sequences: Sequence[np.ndarray], index: int) -> np.ndarray:
+    return sequences[index] if index >= 0 else _EMPTY
 
 
 def padded(sequences: Sequence[np.ndarray]) -> np.ndarray:
     """Stack sequences of different lengths as int64 (sequences, longest), padded at the end with `PADDING`."""
-    rows = np.full((len(sequences), max(map(len, sequences))), PADDING, dtype=np.int64)
+    rows = np.full((len(sequences), max(1, *map(len, sequences))), PADDING, dtype=np.int64)
     for row, sequence in zip(rows, sequences, strict=True):
         row[: len(sequence)] = sequence
     return rows

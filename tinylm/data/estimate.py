@@ -11,7 +11,7 @@ import numpy as np
 
 from tinylm.cost.examples import ExampleSize
 from tinylm.data import formats, labels, pairs, prepared_folder
-from tinylm.data.bucketing import BucketedOrder
+from tinylm.data.bucketing import make_order
 from tinylm.data.chat import read_parts
 from tinylm.data.datasets import example_size
 from tinylm.data.framing import with_control_tokens
@@ -19,7 +19,7 @@ from tinylm.data.labels import LabeledParts
 from tinylm.data.prepare import load_or_train_tokenizer, load_tokenizer_file, prepare, prepare_text
 from tinylm.data.split_text import SplitText, open_text
 from tinylm.recipe import Recipe
-from tinylm.recipe.chat import ChatSection
+from tinylm.recipe.chat import ChatSection, PreferencesSection
 from tinylm.recipe.labels import LabelsSection
 from tinylm.recipe.pairs import PairsSection
 from tinylm.recipe.schema import DataVariant, FileTokenizer, TokenizerSection, VocabularyTokenizer, require_text
@@ -74,14 +74,15 @@ def estimate_data_size(recipe: Recipe, reporter: Reporter) -> DataSize:
         sentences = pairs.read_parts(data, SILENT)
         if sum(len(pair.source) + len(pair.target) for pair in sentences["train"]) > EXACT_LIMIT_BYTES:
             return _estimate_pairs(recipe, data, sentences, reporter)
-    else:
+    elif not isinstance(data, PreferencesSection):
         return DataSize(recipe, estimate_text_size(data, with_control_tokens(recipe.tokenizer, recipe.model), reporter))
     data_format = formats.find(data)
     prepared = data_format.prepare(recipe, reporter, 1)
     dataset = data_format.dataset(recipe, prepared)
     size = example_size(dataset)
     assert size is not None
-    train, heldout = round(dataset.examples_per_epoch * size.tokens), round(len(prepared.heldout) * size.tokens)
+    heldout_examples = len(prepared.heldout) // (2 if isinstance(data, PreferencesSection) else 1)  # a pair is two conversations
+    train, heldout = round(dataset.examples_per_epoch * size.tokens), round(heldout_examples * size.tokens / size.filled)
     return DataSize(prepared.fill_in(recipe), TextSize(prepared.tokenizer.vocab_size, train, heldout, exact=True), size)
 
 
@@ -121,9 +122,11 @@ def _estimate_pairs(recipe: Recipe, data: PairsSection, parts: dict[str, list[Se
 def _from_lengths(recipe: Recipe, lengths: np.ndarray, tokenizer: Tokenizer, train: int, heldout: int) -> DataSize:
     """Return the size of `train` and `heldout` examples, from the lengths (examples, sides) of a sample."""
     tokens = float(lengths.sum(axis=1).mean())
-    padded = BucketedOrder(lengths, recipe.training.global_batch_size, recipe.seed).padded_lengths()
-    sides = [(float(mean), int(longest)) for mean, longest in zip(padded, lengths.max(axis=0), strict=True)]
-    size = ExampleSize(tokens, *sides[0], *(sides[1] if len(sides) > 1 else ()))
+    batch_tokens = recipe.data.batch_tokens if isinstance(recipe.data, PairsSection) else None
+    order = make_order(lengths, recipe.training.global_batch_size, batch_tokens, recipe.seed)
+    mean, longest = order.padded_lengths().tolist(), order.longest().tolist()
+    source_mean, source_longest = (mean[1], longest[1]) if len(mean) > 1 else (0.0, 0)
+    size = ExampleSize(tokens * order.filled, mean[0], longest[0], source_mean, source_longest, order.filled)
     return DataSize(recipe, TextSize(tokenizer.vocab_size, round(train * tokens), round(heldout * tokens), exact=False), size)
 
 

@@ -123,7 +123,9 @@ class PairsFormat:
 
     def dataset(self, recipe: Recipe, prepared: PreparedPairs) -> BucketedPairs:
         sources, targets = prepared.train.ids(prepared.framing(recipe.model.context_length))
-        return BucketedPairs(sources, targets, recipe.model.context_length, recipe.training.global_batch_size, recipe.seed)
+        assert isinstance(recipe.data, PairsSection)
+        batch_size, batch_tokens = recipe.training.global_batch_size, recipe.data.batch_tokens
+        return BucketedPairs(sources, targets, recipe.model.context_length, batch_size, recipe.seed, batch_tokens)
 
 
 def open_pairs(folder: Path, fingerprint: str, tokenizer: Tokenizer) -> PreparedPairs:

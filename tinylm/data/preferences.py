@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tinylm.cost.examples import ExampleSize
 from tinylm.data.chat import (
     ConversationParts,
     EncodedConversations,
@@ -93,6 +94,11 @@ class PreferencePairs:
         self.lengths = [max(side.shape[1] for side in pair) for pair in self.pairs]
         self.examples_per_epoch = len(self.pairs)
         self.tokens_per_example = sum(side.shape[1] for pair in self.pairs for side in pair) / len(self.pairs)
+
+    @property
+    def example_size(self) -> ExampleSize:
+        positions = 2 * max(self.lengths)
+        return ExampleSize(self.tokens_per_example, positions, positions)
 
     def examples(self, start: int, count: int) -> Examples:
         """Return the pairs at positions [start, start + count)."""

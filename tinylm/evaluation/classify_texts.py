@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -11,11 +11,12 @@ import torch
 
 from tinylm.data.framing import Framing
 from tinylm.data.labels import LabeledShard, open_labeled
+from tinylm.ensemble import Ensemble
 from tinylm.errors import InputError
 from tinylm.evaluation import classification
-from tinylm.model.classifier import SequenceClassifier
+from tinylm.model.base import Model
 from tinylm.recipe.labels import ClassificationObjective, LabelsSection
-from tinylm.run import Checkpoint, Run
+from tinylm.run import Run
 from tinylm.tokenizer import Tokenizer
 
 _CHUNK = 4096
@@ -58,17 +59,17 @@ def heldout_texts(run: Run, split: str = "heldout") -> LabeledShard:
 
 
 class TextClassifier:
-    """Classifies texts with a run's network."""
+    """Classifies texts with a network, or with the mean of the probabilities of several networks."""
 
-    def __init__(self, run: Run, checkpoint: Checkpoint, device: torch.device) -> None:
-        """Raises `InputError` if the run was not trained for classification."""
-        self.labels = require_classifier(run).labels
-        self._run = run
-        self._tokenizer: Tokenizer = run.tokenizer
-        network = run.network(checkpoint, device)
-        assert isinstance(network, SequenceClassifier)
-        self.network = network
-        self.framing = Framing.of(run.tokenizer, network.model, truncation(run))
+    def __init__(self, ensemble: Ensemble, device: torch.device) -> None:
+        """Raises `InputError` if a run was not trained for classification."""
+        self._run = ensemble.members[0].run
+        self.labels = require_classifier(self._run).labels
+        self._tokenizer: Tokenizer = self._run.tokenizer
+        self._members: list[tuple[Model, Framing]] = []
+        for member in ensemble.members:
+            network = member.run.network(member.checkpoint, device)
+            self._members.append((network, Framing.of(self._tokenizer, network.model, truncation(member.run))))
         self.temperature = 1.0
 
     def calibrate(self) -> float:
@@ -77,7 +78,7 @@ class TextClassifier:
         Returns the temperature. Raises `InputError` if the run has no held-out texts.
         """
         texts = heldout_texts(self._run)
-        logits = classification.predict(self.network, texts.documents(), self.framing)
+        logits = self.predict(texts.documents())
         self.temperature = classification.fit_temperature(logits, texts.ids(self.labels))
         return self.temperature
 
@@ -92,6 +93,22 @@ class TextClassifier:
 
     def logits(self, texts: list[str]) -> np.ndarray:
         """Return the logits (texts, labels) before calibration."""
-        return classification.predict(
-            self.network, [np.array(self._tokenizer.encode(text), dtype=np.int64) for text in texts], self.framing
-        )
+        return self.predict([np.array(self._tokenizer.encode(text), dtype=np.int64) for text in texts])
+
+    def predict(self, documents: Sequence[np.ndarray], on_progress: Callable[[int], None] = lambda tokens: None) -> np.ndarray:
+        """Return the logits (texts, labels) for texts given as token ids. For several networks, these are log-probabilities."""
+        logits = self.predict_each(documents, on_progress)
+        return logits[0] if len(logits) == 1 else mean_log_probabilities(logits)
+
+    def predict_each(
+        self, documents: Sequence[np.ndarray], on_progress: Callable[[int], None] = lambda tokens: None
+    ) -> list[np.ndarray]:
+        """Return the logits (texts, labels) of each network."""
+        return [classification.predict(network, documents, framing, on_progress=on_progress) for network, framing in self._members]
+
+
+def mean_log_probabilities(logits: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the logarithm of the mean of the probabilities, for several arrays of logits (texts, labels)."""
+    log_probabilities = np.stack([classification.log_softmax(each) for each in logits])
+    mean: np.ndarray = np.logaddexp.reduce(log_probabilities) - np.log(len(logits))
+    return mean

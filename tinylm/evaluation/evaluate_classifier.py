@@ -10,10 +10,11 @@ import numpy as np
 
 from tinylm import device as devices
 from tinylm.data.labels import UNSEEN, read_parts
+from tinylm.ensemble import Ensemble, Member
 from tinylm.errors import InputError
 from tinylm.evaluation import classification
 from tinylm.evaluation.classification import ClassifierScores
-from tinylm.evaluation.classify_texts import TextClassifier, heldout_texts, require_classifier
+from tinylm.evaluation.classify_texts import TextClassifier, heldout_texts, mean_log_probabilities, require_classifier
 from tinylm.evaluation.intervals import bootstrap_ratio
 from tinylm.evaluation.label_baselines import majority_scores, tfidf_linear_scores
 from tinylm.recipe.labels import LabelsSection
@@ -45,12 +46,24 @@ class Baseline:
 
 
 @dataclass(frozen=True)
+class MemberAccuracy:
+    """The accuracy of one classifier in an ensemble. `difference_ci95` is the interval of the ensemble's accuracy minus it."""
+
+    member: Member
+    accuracy: float
+    difference_ci95: tuple[float, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**self.member.as_dict(), "accuracy": self.accuracy, "difference_ci95": list(self.difference_ci95)}
+
+
+@dataclass(frozen=True)
 class ClassifierEvaluation:
-    """The evaluation of a classifier."""
+    """The evaluation of a classifier or of an ensemble of classifiers."""
 
     run: str
     checkpoint: str
-    step: int
+    step: int | None
     text: str
     split: str | None
     labels: tuple[str, ...]
@@ -61,6 +74,8 @@ class ClassifierEvaluation:
     """The temperature that calibrates the probabilities on these texts. It is above 1 if the model is overconfident."""
     mistakes: list[Mistake] = field(default_factory=list)
     baselines: dict[str, Baseline] = field(default_factory=dict)
+    members: list[MemberAccuracy] = field(default_factory=list)
+    """The members of an ensemble. Empty for a single model."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON document of `tinylm eval --json`. The rows of `confusion` are true labels, in the order of `labels`."""
@@ -85,29 +100,31 @@ class ClassifierEvaluation:
             "baselines": {name: baseline.accuracy for name, baseline in self.baselines.items()},
             "baselines_ci95": {name: list(baseline.accuracy_ci95) for name, baseline in self.baselines.items()},
             "difference_ci95": {name: list(baseline.difference_ci95) for name, baseline in self.baselines.items()},
+            **({"members": [member.as_dict() for member in self.members]} if self.members else {}),
         }
 
 
 def evaluate_classifier(
-    run: Run,
+    model: Run | Ensemble,
     sources: Sequence[str] = (),
     *,
     split: str = "heldout",
     baselines: bool = True,
     mistakes: int = 10,
-    checkpoint: str | None = None,
     device: str = "auto",
     reporter: Reporter = SILENT,
 ) -> ClassifierEvaluation:
     """Classify the labeled texts in `sources`, or the run's own texts if there are no sources.
 
-    `mistakes` is the number of misclassified texts to list. With `baselines`, also train baselines on the run's training texts. If
-    those texts have changed or scikit-learn is missing, warn and skip the TF-IDF baseline. Raises `InputError` if the run is not a
-    classifier, or if a source cannot be read.
+    An ensemble predicts the mean of its members' probabilities. Without sources, it uses the texts of the first member.
+    `mistakes` is the number of misclassified texts to list. With `baselines`, also train baselines on the run's training texts.
+    If those texts have changed or scikit-learn is missing, warn and skip the TF-IDF baseline. Raises `InputError` if the run is
+    not a classifier, or if a source cannot be read.
     """
+    ensemble = model if isinstance(model, Ensemble) else Ensemble.of([model])
+    run, chosen = ensemble.members[0].run, ensemble.members[0].checkpoint
     labels = require_classifier(run).labels
-    chosen = run.checkpoint(checkpoint)
-    classifier = TextClassifier(run, chosen, devices.resolve(device))
+    classifier = TextClassifier(ensemble, devices.resolve(device))
     if sources:
         items = _read(run, sources)
         documents = [np.array(run.tokenizer.encode(item.text), dtype=np.int64) for item in items]
@@ -119,12 +136,16 @@ def evaluate_classifier(
         documents, targets, items = shard.documents(), shard.ids(labels), []
         names = [shard.names[id] for id in shard.labels]
     with reporter.progress("classifying", None, "tokens") as advance:
-        logits = classification.predict(classifier.network, documents, classifier.framing, on_progress=advance)
+        each = classifier.predict_each(documents, advance)
+    logits = each[0] if ensemble.is_single else mean_log_probabilities(each)
     scores = classification.score(logits, targets)
+    for member in ensemble.members[1:]:
+        if not sources and member.checkpoint.state.get("fingerprints") != chosen.state.get("fingerprints"):
+            reporter.warn(f"{member.path} was trained on other texts than {run.path}, so it may know some of these texts")
     return ClassifierEvaluation(
-        run=str(run.path),
-        checkpoint=chosen.name,
-        step=chosen.step,
+        run=ensemble.name,
+        checkpoint=ensemble.checkpoint,
+        step=chosen.step if ensemble.is_single else None,
         text=describe(sources) if sources else f"the run's {'test' if split == 'test' else 'held-out'} texts",
         split=None if sources else split,
         labels=labels,
@@ -133,7 +154,18 @@ def evaluate_classifier(
         calibration=classification.fit_temperature(logits, targets) if (targets >= 0).any() else float("nan"),
         mistakes=_mistakes(run, documents, names, labels, logits, mistakes),
         baselines=_baselines(run, chosen, items, split, logits, targets, reporter) if baselines else {},
+        members=[] if ensemble.is_single else _members(ensemble, each, logits, targets),
     )
+
+
+def _members(ensemble: Ensemble, each: Sequence[np.ndarray], logits: np.ndarray, targets: np.ndarray) -> list[MemberAccuracy]:
+    """Compare the ensemble, which predicts `logits`, with each of its members."""
+    credits, rows = classification.credits(logits, targets), []
+    for member, own in zip(ensemble.members, each, strict=True):
+        own_credits = classification.credits(own, targets)
+        difference = bootstrap_ratio(credits - own_credits, np.ones(len(credits)))
+        rows.append(MemberAccuracy(member, float(own_credits.mean()), difference))
+    return rows
 
 
 def _read(run: Run, sources: Sequence[str]) -> list[LabeledText]:

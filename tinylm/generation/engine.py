@@ -25,12 +25,13 @@ from torch import Tensor, nn
 
 from tinylm.generation import fast_sampling
 from tinylm.generation.constraint import Constraint
-from tinylm.generation.row_sampler import RowSampler
-from tinylm.generation.sampling import SamplingOptions
+from tinylm.generation.row_sampler import RowSampler, unusable_error
+from tinylm.generation.sampling import SamplingOptions, device_sampler
 from tinylm.generation.stops import StopMatcher
 from tinylm.generation.token_choice import TokenChoice, prompt_choices
+from tinylm.host_copy import HostCopy
 from tinylm.model.decoder import as_decoder
-from tinylm.model.state import DecodingModel, DecodingState, RunsAhead
+from tinylm.model.state import DecodingModel, DecodingState, RunsAhead, SamplesOnDevice
 from tinylm.tokenizer import StreamDecoder, Tokenizer
 
 OnText = Callable[[int, str], None]
@@ -141,6 +142,14 @@ def generate_batch(
             next_index += 1
 
 
+@dataclass(frozen=True)
+class _QueuedTokens:
+    """The tokens that the device chooses in a step, one for each of `sequences`. The host has not read them yet."""
+
+    sequences: list[SequenceState]
+    ids: HostCopy
+
+
 class Engine:
     """A batch of sequences that are decoded together. Each sequence uses one row of the decoding state.
 
@@ -157,6 +166,10 @@ class Engine:
         self._logits: Tensor | None = None  # (B, V): logits of each sequence's next token
         self._sampler = RowSampler(rows, decoder.vocab_size, decoder.device, uses_numba=decoder.uses_numba)
         self._run_ahead = decoder.run if isinstance(decoder, RunsAhead) else None
+        self._sample_and_step = None
+        if isinstance(decoder, SamplesOnDevice) and decoder.samples_on_device:
+            self._sample_and_step = decoder.sample_and_step
+        self._queued: _QueuedTokens | None = None
 
     @property
     def busy(self) -> bool:
@@ -207,9 +220,13 @@ class Engine:
     def step(self) -> None:
         """Append one token to every sequence, remove finished sequences and compute the next logits for the others.
 
-        A model that runs ahead appends several tokens if the options allow it. An error in one sequence ends only that sequence and
-        is stored in its `error`.
+        A model that runs ahead appends several tokens if the options allow it. With a model that samples on its device, each call
+        appends the tokens that the previous call queued. An error in one sequence ends only that sequence and is stored in its
+        `error`.
         """
+        if self._queue_step():
+            return
+        self._append_queued_tokens()
         if not self._sequences or self._logits is None or self._append_several(self._logits):
             return
         chosen = self._sampler.next_tokens(self._logits, self._sequences)
@@ -223,6 +240,42 @@ class Engine:
                 if capacity is not None and length == capacity:
                     self._evict_older_half(row, capacity)
             self._logits = self.decoder.step(self._state, chosen)
+
+    def _queue_step(self) -> bool:
+        """Queue a step whose tokens the device chooses. While the device computes, append the tokens of the previously queued step.
+
+        If one of those ends its sequence, the sequence's token in the new step is discarded. Return false if the device cannot
+        choose the next tokens, or if every sequence is complete once the previously queued tokens are appended.
+        """
+        sequences, capacity, waiting = self._sequences, self._state.capacity, int(self._queued is not None)
+        if self._sample_and_step is None or self._logits is None or all(each.remaining <= waiting for each in sequences):
+            return False
+        options = sequences[0].options
+        for sequence, length in zip(sequences, self._state.lengths, strict=True):
+            if not sequence.needs_only_logits or sequence.options.sampling_key != options.sampling_key or length == capacity:
+                return False
+        uniforms = [0.0 if options.temperature == 0 else sequence.next_uniform() for sequence in sequences]
+        sampler = device_sampler(options, self.decoder.vocab_size)
+        chosen, self._logits = self._sample_and_step(self._state, self._logits, sampler, torch.from_numpy(np.array(uniforms)))
+        queued = _QueuedTokens(list(sequences), HostCopy(chosen))
+        self._append_queued_tokens()
+        self._queued = queued
+        return True
+
+    def _append_queued_tokens(self) -> None:
+        """Append the tokens of the last queued step, if they have not been appended yet, and remove finished sequences."""
+        queued, self._queued = self._queued, None
+        if queued is None or self._logits is None:
+            return
+        active = set(self._sequences)
+        for sequence, id in zip(queued.sequences, queued.ids.tolist(), strict=True):
+            if sequence not in active:
+                continue
+            if id < 0:
+                sequence.fail(unusable_error(float("nan"), restricted=False))
+            else:
+                sequence.attempt(partial(sequence.append, id))
+        self._logits = self._remove_rows([row for row, sequence in enumerate(self._sequences) if sequence.done], self._logits)
 
     def _append_several(self, logits: Tensor) -> bool:
         """Append several tokens to every sequence in a single call of the model. Return false if this is not possible."""
@@ -326,6 +379,11 @@ class SequenceState:
     def can_run_ahead(self) -> bool:
         """Whether the next tokens depend only on logits and random numbers, so that several can be chosen in one call."""
         return self._only_top_k and not self.is_restricted
+
+    @property
+    def needs_only_logits(self) -> bool:
+        """Whether the next token can be chosen with only the model's logits and a random number."""
+        return self.options.needs_only_logits and not self.is_restricted
 
     @property
     def is_restricted(self) -> bool:

@@ -65,7 +65,7 @@ def choose(logits: Tensor, options: SamplingOptions, uniforms: Tensor | None) ->
 def supports_run(options: SamplingOptions) -> bool:
     """Whether `Run` supports the options: temperature and top-k only, with nothing to record."""
     only_top_k = options.temperature != 0 and options.top_k is not None and options.top_p is None and not options.min_p
-    return only_top_k and not options.has_penalties and not options.logit_bias and options.logprobs is None
+    return only_top_k and options.needs_only_logits
 
 
 class Run:

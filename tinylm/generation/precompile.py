@@ -12,14 +12,17 @@ from contextlib import suppress
 
 from tinylm.generation.fast_sampling import CHOICE
 from tinylm.model.step_records import DECODING_STEP
+from tinylm.model.translation_records import TRANSLATION_STEP
 from tinylm.reporting import Reporter
 
+_FUNCTIONS = {"sampling": (CHOICE, DECODING_STEP), "translation": (TRANSLATION_STEP,)}
 
-def compile_in_background(reporter: Reporter) -> None:
-    """Start a process with low priority that compiles the code. It continues after this process ends."""
+
+def compile_in_background(reporter: Reporter, purpose: str = "sampling") -> None:
+    """Start a process with low priority that compiles the code for a purpose. It continues after this process ends."""
     reporter.note("compiling the decoding step for this CPU in the background (once); later calls use it")
     subprocess.Popen(
-        [sys.executable, "-m", __name__],
+        [sys.executable, "-m", __name__, purpose],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -27,12 +30,12 @@ def compile_in_background(reporter: Reporter) -> None:
     )
 
 
-def main() -> None:
+def main(purpose: str) -> None:
     with suppress(AttributeError, OSError):  # not available on Windows
         os.nice(19)
-    for function in (CHOICE, DECODING_STEP):
+    for function in _FUNCTIONS[purpose]:
         function.compile()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

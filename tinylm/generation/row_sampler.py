@@ -125,13 +125,14 @@ def _fail_unusable_rows(logits: Tensor, sequences: Sequence[SequenceState]) -> T
     if not unusable:
         return logits
     for row in unusable:
-        sequences[row].fail(_unusable_error(maxima[row], sequences[row].is_restricted))
+        sequences[row].fail(unusable_error(maxima[row], sequences[row].is_restricted))
     logits = logits.clone()
     logits[unusable] = 0.0
     return logits
 
 
-def _unusable_error(maximum: float, restricted: bool) -> TinylmError:
+def unusable_error(maximum: float, restricted: bool) -> TinylmError:
+    """Return the error for a row whose largest logit is not finite. `restricted`: a constraint or bans changed the logits."""
     if maximum != float("-inf"):
         return WorkError("the model's logits are not finite", hint="the weights are damaged, or the precision is too low")
     banned = "every token that the constraint allows next" if restricted else "every token"

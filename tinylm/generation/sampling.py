@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tinylm.errors import InputError
+from tinylm.model.state import DeviceSampler
 
 MAX_LOGPROBS = 20
 MAX_NEW_TOKENS = 10**9
@@ -89,6 +90,11 @@ class SamplingOptions:
         return *filters, self.repetition_penalty, self.frequency_penalty, self.presence_penalty, self.logprobs
 
     @cached_property
+    def needs_only_logits(self) -> bool:
+        """Whether tokens depend only on the model's logits and random numbers, and no log-probabilities are recorded."""
+        return not self.has_penalties and not self.logit_bias and self.logprobs is None
+
+    @cached_property
     def has_penalties(self) -> bool:
         """Whether the logits depend on which tokens have occurred before."""
         return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
@@ -111,13 +117,16 @@ def apply_penalties(logits: Tensor, seen: Tensor, counts: Tensor, options: Sampl
     return logits
 
 
-def distribution(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor | None]:
+def distribution(
+    logits: Tensor, options: SamplingOptions, first_candidates: int = _FIRST_CANDIDATES
+) -> tuple[Tensor, Tensor | None]:
     """Turn logits `(B, V)` into probabilities `(B, N)` and token ids `(B, N)`.
 
     If the ids are None, the probabilities cover the whole vocabulary in order. Temperature is applied first, then top-k, top-p and
     min-p. Top-p (nucleus sampling, Holtzman et al. 2020) keeps the smallest set of most likely tokens that reaches the probability
     mass. Min-p (Nguyen et al. 2024) keeps the tokens with at least this fraction of the top token's probability. The most likely
-    token is always kept.
+    token is always kept. Without top-k, top-p and min-p first consider `first_candidates` tokens, and more if they keep all of
+    them. This reads a value on the host, unless `first_candidates` covers the vocabulary.
     """
     logits = logits.float()
     truncates = (options.top_p is not None and options.top_p < 1) or bool(options.min_p)
@@ -125,7 +134,7 @@ def distribution(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tens
         logits = _scaled(logits, logits.amax(dim=-1, keepdim=True), options)
         if not truncates:
             return logits.softmax(dim=-1), None
-    probabilities, ids = _candidates(logits, options)  # (B, N)
+    probabilities, ids = _candidates(logits, options, first_candidates)  # (B, N)
     if truncates:
         probabilities = probabilities * _keep_mask(probabilities, options)
         probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
@@ -137,7 +146,7 @@ def _scaled(logits: Tensor, maximum: Tensor, options: SamplingOptions) -> Tensor
     return logits if options.temperature == 1.0 else (logits - maximum) / max(options.temperature, 1e-5)
 
 
-def _candidates(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor]:
+def _candidates(logits: Tensor, options: SamplingOptions, first_candidates: int) -> tuple[Tensor, Tensor]:
     """Return the probabilities and ids `(B, N)` of the top-k tokens, or of all tokens that top-p and min-p can keep.
 
     With top-k, `logits` must not be scaled by the temperature yet. Without top-k, they must be scaled already. This does not sort
@@ -147,7 +156,7 @@ def _candidates(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tenso
     if options.top_k is not None:
         top = logits.topk(min(options.top_k, vocab_size), dim=-1)
         return _scaled(top.values, top.values[:, :1], options).softmax(dim=-1), top.indices
-    log_total, size = logits.logsumexp(dim=-1, keepdim=True), min(_FIRST_CANDIDATES, vocab_size)
+    log_total, size = logits.logsumexp(dim=-1, keepdim=True), min(first_candidates, vocab_size)
     while True:
         top = logits.topk(size, dim=-1)
         probabilities = (top.values - log_total).exp()
@@ -176,16 +185,29 @@ def chances(logits: Tensor, options: SamplingOptions, ids: Tensor) -> Tensor:
     return probabilities.gather(1, ids)
 
 
-def choose(logits: Tensor, options: SamplingOptions, uniforms: Tensor | None) -> Tensor:
+def choose(logits: Tensor, options: SamplingOptions, uniforms: Tensor | None, first_candidates: int = _FIRST_CANDIDATES) -> Tensor:
     """Choose the next ids `(B,)` from logits `(B, V)`, either greedily or by inverting each row's cumulative distribution.
 
-    `uniforms` `(B,)` contains one random number in [0, 1) per row. It may be None for greedy decoding.
+    `uniforms` `(B,)` contains one random number in [0, 1) per row. It may be None for greedy decoding. `first_candidates`: see
+    `distribution`.
     """
     if options.temperature == 0 or uniforms is None:
         return logits.argmax(dim=-1)
-    probabilities, ids = distribution(logits, options)
+    probabilities, ids = distribution(logits, options, first_candidates)
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
     cumulative = probabilities.to(dtype).cumsum(dim=-1)
     targets = uniforms.to(logits.device, dtype)[:, None] * cumulative[:, -1:]
     indices = torch.searchsorted(cumulative, targets, right=True).clamp_max_(cumulative.shape[-1] - 1)  # (B, 1)
     return (indices if ids is None else ids.gather(1, indices)).squeeze(1)
+
+
+def device_sampler(options: SamplingOptions, vocab_size: int) -> DeviceSampler:
+    """Return a sampler that chooses like `choose`, but never reads a value on the host.
+
+    Top-p and min-p without top-k therefore sort the whole vocabulary.
+    """
+
+    def chosen(logits: Tensor, uniforms: Tensor) -> Tensor:
+        return choose(logits, options, uniforms, first_candidates=vocab_size)
+
+    return DeviceSampler(options.sampling_key, chosen)

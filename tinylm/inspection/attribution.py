@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tinylm.model.base import Model
 from tinylm.model.classifier import SequenceClassifier, pool
-from tinylm.model.decomposition import decompose, final_hidden, hook_names
+from tinylm.model.decomposition import Components, decompose, final_hidden, frozen_norm, hook_names
 from tinylm.model.hooks import ActivationCache
 
 _SMALL = 1e-12
@@ -80,18 +80,21 @@ def label_attribution(classifier: SequenceClassifier, label: int, against: int |
     weight, bias = classifier.output.weight, classifier.output.bias
     direction = weight[label] if against is None else weight[label] - weight[against]  # (C,)
     constant = bias[label] if against is None else bias[label] - bias[against]
-    names, contributions = ["label bias"], constant[None]
     pooled = pool(final_hidden(classifier.body, cache), None, classifier.pool)[0]  # (C,)
     logit = classifier.pooled_logits(pooled) @ _selector(len(bias), label, against, bias)
+    # (component, C)
+    parts = Components(parts.names, torch.cat([pool(vectors, None, classifier.pool) for vectors in parts.vectors]))
     if classifier.pooler is not None:
         inputs = classifier.pooler(pooled)  # (C,)
         ratios = torch.where(inputs.abs() < _SMALL, torch.ones_like(inputs), classifier.pooler_activation(inputs) / inputs)
-        direction = direction * ratios
-        names, contributions = ["pooling bias", *names], torch.cat(((classifier.pooler.bias @ direction)[None], contributions))
-        direction = classifier.pooler.weight.T @ direction
-    vectors = torch.cat([pool(vectors, None, classifier.pool) for vectors in parts.vectors])  # (component, C)
-    contributions = torch.cat((vectors @ direction, contributions))
-    return Attribution([*parts.names, *names], contributions[:, None, None], logit[None, None])
+        parts = Components(parts.names, parts.vectors @ classifier.pooler.weight.T)
+        if classifier.pooler.bias is not None:
+            parts += Components(["pooling bias"], classifier.pooler.bias[None])
+        parts = parts.scaled(ratios)
+    if classifier.pooler_norm is not None:
+        parts = frozen_norm(classifier.pooler_norm, parts, "pooling norm bias")
+    contributions = torch.cat((parts.vectors @ direction, constant[None]))
+    return Attribution([*parts.names, "label bias"], contributions[:, None, None], logit[None, None])
 
 
 def _selector(count: int, label: int, against: int | None, like: Tensor) -> Tensor:

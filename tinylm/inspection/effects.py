@@ -26,7 +26,7 @@ NEURON_TOKENS = 2048
 _SNIPPETS = 3
 _ABLATION_FLOPS = 1.5e11
 """FLOP limit for ablations. This takes a few seconds on two cores."""
-_WITHOUT_EFFECTS = {"classification": "classifiers", "translation": "translators"}
+_WITHOUT_EFFECTS = {"classification": "classifiers", "translation": "translation models"}
 """The tasks for which ablations and activation patching are not available, and the names of their models."""
 _MIN_ABLATION_TOKENS = 128
 _MAX_ABLATION_TOKENS = 4096

@@ -62,7 +62,7 @@ def read_input(run: Run, model: Model, text: str, options: InspectOptions, repor
         return _translator_input(run, model, text, options, reporter)
     for option, is_given in (("--translation", options.translation is not None), ("--to", bool(options.language))):
         if is_given:
-            raise InputError("requires a translator", where=option, hint="omit it")
+            raise InputError("requires a translation model", where=option, hint="omit it")
     return ModelInput(text, token_ids(run, text, options, reporter))
 
 
@@ -121,7 +121,7 @@ def _warn_if_truncated(length: int, limit: int, maximum: int, reporter: Reporter
 def _translator_input(run: Run, model: EncoderDecoder, text: str, options: InspectOptions, reporter: Reporter) -> ModelInput:
     """Return the ids of a source text and of its translation after `START`."""
     if options.start_of_document:
-        raise InputError("translators frame a text with their own control tokens", where="--start-of-document", hint="omit it")
+        raise InputError("is not supported for translation models", where="--start-of-document", hint="omit it")
     limit, context = _limit(run, options), run.recipe.model.context_length
     framing = PairFraming(source_tokenizer_of(run), run.tokenizer, context)
     Translator(model, framing).check_language(options.language)
@@ -130,7 +130,7 @@ def _translator_input(run: Run, model: EncoderDecoder, text: str, options: Inspe
         raise InputError("the text is empty", where="--text")
     controls = len(framing.source([], options.language))
     if limit <= controls:
-        raise InputError(f"must be at least {controls + 1} for this translator", where="--max-tokens")
+        raise InputError(f"must be at least {controls + 1} for this model", where="--max-tokens")
     _warn_if_truncated(len(ids), limit - controls, context - controls, reporter)
     source = framing.source(ids[: limit - controls], options.language)
     if options.translation is None:

@@ -95,7 +95,7 @@ def _measured_text(inspection: Inspection, options: PageOptions, reporter: Repor
     Returns None for a run without held-out text, such as an imported run, if there are no sources. The page then shows the reason.
     """
     if inspection.forward.task == "translation":
-        inspection.missing["heldout"] = "held-out text for a translator's neurons is not supported"
+        inspection.missing["heldout"] = "neurons of translation models are not shown on held-out text"
         return None
     wanted = max(effects.NEURON_TOKENS, options.ablation_tokens or effects.ablation_tokens(inspection.forward.network))
     try:

@@ -222,9 +222,9 @@ def _cross_attention(inspection: Inspection) -> Step:
         reads = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         numbers.append((_quote(token.text), ", ".join(f"{_quote(source.tokens[key].text)} {share:.1%}" for key, share in reads)))
     note = (
-        "A translator has two parts. The encoder turns the source text into vectors. The decoder writes the translation, and in "
-        "each block, a second attention layer reads the encoder's vectors. Its weights show which source tokens each predicted "
-        "token depends on. The numbers are averages over the heads of the last block."
+        "A translation model has two parts. The encoder turns the source text into vectors. The decoder generates the translation. "
+        "In each of its blocks, a second attention layer reads the encoder's vectors. The weights show which source tokens each "
+        "predicted token depends on. The numbers are averages over the heads of the last block."
     )
     return Step("Cross-attention", note, numbers)
 

@@ -65,8 +65,6 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -
     """Convert config.json and tensors. Raises `InputError` if the model is unsupported, or if tensors are missing or unexpected."""
     model = section_from_config(config, f"{where}/config.json")
     kind, task = str(config["model_type"]), _task(config)
-    if task == "classification" and kind == "modernbert":
-        raise InputError("only masked language models can be imported from ModernBERT, not classifiers", where=where)
     objective = _classification(config, kind, where) if task == "classification" else MaskedLMObjective()
     has_head = task != "none"
     if task != "masked_lm":
@@ -84,8 +82,11 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -
         state["positions.weight"] = state["positions.weight"][int(config.get("pad_token_id") or 0) + 1 :]
     if isinstance(objective, ClassificationObjective):
         state = {BODY + name: tensor for name, tensor in state.items()}
+        if kind == "modernbert":
+            state["pooler_norm.weight"] = pop("head.norm.weight")
         for part in ("weight", "bias"):
-            state[f"pooler.{part}"] = pop(f"{_POOLERS[kind]}.{part}")
+            if part == "weight" or kind != "modernbert":
+                state[f"pooler.{part}"] = pop(f"{_POOLERS[kind]}.{part}")
             state[f"output.{part}"] = pop(f"{_OUTPUTS[kind]}.{part}")
     unexpected = sorted(name for name in remaining if not name.startswith(_UNUSED))
     if missing or unexpected:
@@ -108,9 +109,9 @@ _UNUSED = (
     "pre_classifier.",
 )
 """Name prefixes of tensors that are not loaded because they belong to other heads or are tied weights."""
-_POOLERS = {"bert": "pooler.dense", "roberta": "classifier.dense", "distilbert": "pre_classifier"}
-_OUTPUTS = {"bert": "classifier", "roberta": "classifier.out_proj", "distilbert": "classifier"}
-_ACTIVATIONS_OF_POOLERS = {"bert": "tanh", "roberta": "tanh", "distilbert": "relu"}
+_POOLERS = {"bert": "pooler.dense", "roberta": "classifier.dense", "distilbert": "pre_classifier", "modernbert": "head.dense"}
+_OUTPUTS = {"bert": "classifier", "roberta": "classifier.out_proj", "distilbert": "classifier", "modernbert": "classifier"}
+_ACTIVATIONS_OF_POOLERS = {"bert": "tanh", "roberta": "tanh", "distilbert": "relu", "modernbert": "gelu_norm"}
 _PREFIXES = {"bert": "bert.", "roberta": "roberta.", "distilbert": "distilbert.", "modernbert": "model."}
 
 
@@ -136,7 +137,8 @@ def _classification(config: Mapping[str, Any], kind: str, where: str) -> Classif
         raise InputError("not a classifier that assigns one label to each text", where=where)
     try:
         labels = tuple(str(label) for _, label in sorted(names.items(), key=lambda item: int(item[0])))
-        return ClassificationObjective(pool="cls", pooler=_ACTIVATIONS_OF_POOLERS[kind], labels=labels)  # type: ignore[arg-type]
+        pool = config.get("classifier_pooling", "cls") if kind == "modernbert" else "cls"
+        return ClassificationObjective(pool=pool, pooler=_ACTIVATIONS_OF_POOLERS[kind], labels=labels)  # type: ignore[arg-type]
     except ValueError as error:
         raise InputError(f"invalid id2label: {' '.join(str(error).split())}", where=where) from None
 

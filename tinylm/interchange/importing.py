@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import tinylm
+from tinylm.data.pairs import SOURCE_TOKENIZER
 from tinylm.errors import InputError
 from tinylm.evaluation.metrics import LANGUAGE_MODEL
 from tinylm.file_kinds import identify
@@ -168,13 +169,14 @@ def _import_translator(
     source: Path, folder: Path, name: str, tokenizer_file: Path | None, trust_pickle: bool, reporter: Reporter
 ) -> ImportResult:
     """Import a Marian model."""
-    model, state, tokenizer = marian.read(source, tokenizer_file, trust_pickle=trust_pickle)
+    content = marian.read(source, tokenizer_file, trust_pickle=trust_pickle)
+    model, state, tokenizer = content.model, content.state, content.tokenizer
     mismatch = shape_mismatch(model, tokenizer.vocab_size, {key: tuple(tensor.shape) for key, tensor in state.items()})
     if mismatch is not None:
         raise InputError(f"the tensors do not match config.json: {mismatch}", where=str(source))
     network = registry.build(model, tokenizer.vocab_size, None)
     network.load_stored_weights({key: tensor.float() for key, tensor in state.items()})
-    compared = marian.compare_with_transformers(source, network.eval(), tokenizer)
+    compared = marian.compare_with_transformers(source, network.eval(), content)
     difference, tokens, reference = (None, 0, None) if isinstance(compared, str) else compared
     if isinstance(compared, str):
         reporter.warn(f"the imported model was not compared with the original, because {compared}")
@@ -182,6 +184,8 @@ def _import_translator(
         verify.check_logits(difference, "the imported model")
     with atomic_folder(folder) as temporary:
         _write(temporary, folder, name, network, tokenizer, TranslationObjective())
+        if content.source_tokenizer is not tokenizer:
+            content.source_tokenizer.save(temporary / SOURCE_TOKENIZER)
     return ImportResult(
         run=str(folder),
         source=name,

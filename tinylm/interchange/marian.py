@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tinylm.data.bucketed_pairs import PairFraming
+from tinylm.data.bucketed_pairs import PairFraming, language_token
 from tinylm.data.pairs import open_part
 from tinylm.errors import InputError, WorkError
 from tinylm.interchange import huggingface, verify
@@ -30,13 +30,14 @@ from tinylm.recipe.schema import ModelVariant
 from tinylm.recipe.support import ANY, Supports, unsupported_parts
 from tinylm.run import Run
 from tinylm.text.pairs import SentencePair
-from tinylm.tokenizer import Tokenizer
+from tinylm.tokenizer import END_OF_TEXT, Tokenizer, sentencepiece_files
 from tinylm.translation.search import SearchOptions
 from tinylm.translation.translator import Translator
 
 CLASS = "MarianMTModel"
 _MODEL_TYPE = "marian"
 _PAD = "<pad>"
+_VOCABULARY = "vocab.json"
 _ACTIVATIONS = {"relu": "relu", "silu": "silu", "gelu_exact": "gelu", "gelu": "gelu_new"}
 """Values of `feed_forward` and their names in Marian's config.json."""
 _ACTIVATION_ALIASES = {"swish": "silu", "gelu_pytorch_tanh": "gelu"}
@@ -370,10 +371,21 @@ def _compare_translations(other: Any, translator: Translator, pairs: Sequence[Se
 # Import.
 
 
-def read(
-    folder: Path, tokenizer_file: Path | None, *, trust_pickle: bool
-) -> tuple[EncoderDecoderSection, dict[str, Tensor], Tokenizer]:
-    """Read the model section, weights and tokenizer from a Marian folder. Raises `InputError` if the folder is not supported."""
+@dataclass(frozen=True)
+class MarianFolder:
+    """What a Marian folder contains. If there is one tokenizer for both languages, the tokenizers are the same object."""
+
+    model: EncoderDecoderSection
+    state: dict[str, Tensor]
+    source_tokenizer: Tokenizer
+    tokenizer: Tokenizer
+
+
+def read(folder: Path, tokenizer_file: Path | None, *, trust_pickle: bool) -> MarianFolder:
+    """Read the model section, the weights and the tokenizers. Raises `InputError` if the folder is not supported.
+
+    The tokenizer is a tokenizer.json, or consists of source.spm, target.spm and vocab.json.
+    """
     config, where = huggingface.read_config(folder), str(folder / "config.json")
     tensors = dict(huggingface.read_tensors(folder, trust_pickle))
     model = section_from_config(config, tensors, where)
@@ -381,12 +393,43 @@ def read(
     vocab_size = config.get("vocab_size")
     if type(pad) is not int or config.get("decoder_start_token_id") != pad or vocab_size != pad + 1:
         raise InputError("the last token must be the padding token and the start token", where=where)
-    file = tokenizer_file or folder
+    state = import_state_dict(tensors, model, pad, str(folder))
+    if tokenizer_file is None and not (folder / "tokenizer.json").exists() and (folder / _VOCABULARY).exists():
+        sides = [_sentencepiece_tokenizer(folder, side, config, pad) for side in ("source", "target")]
+        return MarianFolder(model, state, *sides)
     if tokenizer_file is None and not (folder / "tokenizer.json").exists():
         hint = "pass a tokenizer.json with --tokenizer"
-        raise InputError("has no tokenizer.json; SentencePiece models (source.spm) are not supported", where=str(folder), hint=hint)
-    tokenizer = huggingface.rename_end_of_text(_without_pad_token(Tokenizer.load(file), pad), config)
-    return model, import_state_dict(tensors, model, pad, str(folder)), huggingface.pad_vocabulary(tokenizer, pad, str(folder))
+        raise InputError(f"has neither a tokenizer.json nor a {_VOCABULARY} with source.spm", where=str(folder), hint=hint)
+    loaded = _without_pad_token(Tokenizer.load(tokenizer_file or folder), pad)
+    tokenizer = huggingface.pad_vocabulary(huggingface.rename_end_of_text(loaded, config), pad, str(folder))
+    return MarianFolder(model, state, tokenizer, tokenizer)
+
+
+def _sentencepiece_tokenizer(folder: Path, side: str, config: Mapping[str, Any], pad: int) -> Tokenizer:
+    """Read the tokenizer of one side: SIDE.spm divides a text into pieces, and vocab.json contains the ids of both sides' pieces.
+
+    A control token such as `>>fra<<`, which selects the target language, is renamed to `<2fra>`.
+    """
+    file = folder / _VOCABULARY
+    try:
+        vocabulary = json.loads(file.read_text(encoding="utf-8"))
+        valid = isinstance(vocabulary, dict) and sorted(vocabulary.values()) in (list(range(pad)), list(range(pad + 1)))
+    except (OSError, ValueError, TypeError, RecursionError):
+        valid = False
+    end = config.get("eos_token_id")
+    if not valid or type(end) is not int or not 0 <= end < pad:
+        raise InputError("does not contain one id for each token", where=str(file))
+    ids = {_language_token(token): id for token, id in vocabulary.items() if id != pad}
+    ids = {END_OF_TEXT if id == end else token: id for token, id in ids.items()}
+    if len(ids) != pad:
+        raise InputError("contains a token twice", where=str(file))
+    control = [END_OF_TEXT, *(token for token in ids if token.startswith("<2"))]
+    backend = sentencepiece_files.read_with_ids(str(folder / f"{side}.spm"), ids, control, encodes_only=side == "source")
+    return Tokenizer.from_text(backend.to_str())
+
+
+def _language_token(token: str) -> str:
+    return language_token(token[2:-2]) if token.startswith(">>") and token.endswith("<<") else token
 
 
 def _without_pad_token(tokenizer: Tokenizer, pad: int) -> Tokenizer:
@@ -438,7 +481,7 @@ def section_from_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     return model
 
 
-def compare_with_transformers(source: Path, network: Model, tokenizer: Tokenizer) -> tuple[float, int, str] | str:
+def compare_with_transformers(source: Path, network: Model, folder: MarianFolder) -> tuple[float, int, str] | str:
     """Return the largest difference between logits, the number of compared tokens, and the version of transformers.
 
     If transformers cannot load the folder, return the reason as a string instead.
@@ -455,6 +498,6 @@ def compare_with_transformers(source: Path, network: Model, tokenizer: Tokenizer
             other = load(source)
         except Exception as error:  # the import also works without a reference; the caller reports the reason as a warning
             return f"transformers cannot load it: {' '.join(str(error).split())[:200]}"
-    translator = Translator(network, PairFraming(tokenizer, tokenizer, network.model.context_length))
+    translator = Translator(network, PairFraming(folder.source_tokenizer, folder.tokenizer, network.model.context_length))
     difference, tokens = compare_logits(other, translator, english_pairs()[:16])
     return difference, tokens, f"transformers {transformers.__version__}"

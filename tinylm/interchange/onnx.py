@@ -1,4 +1,8 @@
-"""Export models to ONNX files that map ids `(batch, time)` to logits `(batch, time, vocabulary)`, without a KV cache."""
+"""Export models to ONNX files that map ids `(batch, time)` to logits, without a KV cache.
+
+The logits are `(batch, time, vocabulary)`, or `(batch, labels)` for a classifier. Encoders and classifiers have a second input,
+`attention_mask` `(batch, time)`: 1 for text and 0 for the padding after it.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from torch import Tensor, nn
 
 from tinylm.interchange import verify
 from tinylm.model.base import Model
+from tinylm.model.classifier import SequenceClassifier
 from tinylm.recipe.schema import ModelVariant
 from tinylm.recipe.support import ANY, COMMON, Supports, check_supported
 from tinylm.tokenizer import Tokenizer
@@ -31,15 +36,20 @@ _EXTRA_SHAPES = ((1, 1), (3, 5))
 
 
 class _Logits(nn.Module):
-    """The exported graph, which maps ids to logits."""
+    """The exported graph, which maps ids and, for encoders and classifiers, an attention mask to logits."""
 
     def __init__(self, network: Model) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        logits: Tensor = self.network(input_ids)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        segments = None if attention_mask is None else attention_mask - 1
+        logits: Tensor = self.network(input_ids, segments=segments)
         return logits
+
+
+def _takes_mask(network: Model) -> bool:
+    return isinstance(network, SequenceClassifier) or not network.is_causal
 
 
 def check_possible(model: ModelVariant) -> None:
@@ -57,15 +67,16 @@ def write(path: Path, network: Model, name: str) -> None:
     context = network.model.context_length
     dynamic = {0: torch.export.Dim("batch")} | ({1: torch.export.Dim("time", max=context)} if context > 1 else {})
     example = torch.zeros((2, min(2, context)), dtype=torch.long)
+    inputs = {"input_ids": example} | ({"attention_mask": torch.ones_like(example)} if _takes_mask(network) else {})
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             _Logits(network).eval(),
-            (example,),
+            tuple(inputs.values()),
             dynamo=True,
             verbose=False,
-            input_names=["input_ids"],
+            input_names=list(inputs),
             output_names=["logits"],
-            dynamic_shapes={"input_ids": dynamic},
+            dynamic_shapes=dict.fromkeys(inputs, dynamic),
         )
     assert program is not None
     proto = program.model_proto
@@ -98,16 +109,25 @@ def check_export(path: Path, network: Model, tokenizer: Tokenizer, text: str) ->
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
-    def theirs(ids: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {"input_ids": ids.numpy()})[0])
+    def difference(ids: Tensor, mask: Tensor | None) -> float:
+        inputs = {"input_ids": ids} | ({} if mask is None else {"attention_mask": mask})
+        logits = torch.from_numpy(session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0])
+        with torch.no_grad():
+            differences = (network(ids, segments=None if mask is None else mask - 1) - logits).abs()
+        if mask is not None and differences.dim() == 3:  # the logits of padding have no meaning
+            differences = differences[mask > 0]
+        return float(differences.max())
 
     context = network.model.context_length
     rows = verify.windows([tokenizer.end_of_text or 0, *tokenizer.encode(text)], context)
     batches = [rows, *(torch.arange(b * t).view(b, t) % network.vocab_size for b, t in _EXTRA_SHAPES if t <= context)]
+    cases: list[tuple[Tensor, Tensor | None]] = [(ids, None) for ids in batches]
+    if _takes_mask(network):
+        half = (torch.arange(rows.shape[1]) <= rows.shape[1] // 2).long().expand_as(rows).contiguous()
+        cases = [(rows, half), *((ids, torch.ones_like(ids)) for ids in batches)]
     largest = 0.0
-    for ids in batches:
-        with torch.no_grad():
-            difference = float((network(ids) - theirs(ids)).abs().max())
-        verify.check_logits(difference, "the ONNX file")
-        largest = max(largest, difference)
+    for ids, mask in cases:
+        found = difference(ids, mask)
+        verify.check_logits(found, "the ONNX file")
+        largest = max(largest, found)
     return largest, rows.numel()

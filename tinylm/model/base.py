@@ -111,6 +111,10 @@ class Model(HookedModule):
         """Return the modules to compile and shard separately, in order. If there are none, the whole model is one unit."""
         return ()
 
+    def compile_stacks(self) -> Sequence[nn.Module]:
+        """Return modules that run all compile units, such as a stack of blocks. `training.compile: model` compiles each of them."""
+        return ()
+
     def muon_weights(self) -> list[str]:
         """Return the names of the matrices that Muon updates: the weights of all linear layers except `head` and tied weights."""
         linears = (f"{name}.weight" for name, module in self.named_modules() if isinstance(module, nn.Linear) and name != "head")

@@ -22,6 +22,17 @@ _MIN_HEAD_WIDTH = 16
 """Minimum head width that FlexAttention supports."""
 
 
+class FlexAttention:
+    """Whether training may use FlexAttention. If it cannot be compiled, `training.compilation.Trial` disables it."""
+
+    enabled = True
+    used = False
+    """Whether a block mask has been created in this process."""
+
+
+flex = FlexAttention()
+
+
 def is_supported(model: TransformerSection, device: torch.device) -> bool:
     """Whether attention within segments can use a block mask in training on this device."""
     plain = model.attention_window is None and model.attention_softcap is None and not model.attention_dropout_p
@@ -35,6 +46,7 @@ def segment_block_mask(segments: Tensor, *, causal: bool = True) -> BlockMask:
         same = segments[batch, query] == segments[batch, key]
         return same & (query >= key) if causal else same
 
+    flex.used = True
     rows, length = segments.shape
     return create_block_mask(allows, rows, None, length, length, device=segments.device)
 

@@ -17,7 +17,7 @@ from tinylm.model.functions import Dropout
 from tinylm.model.stateful import StatefulModel
 from tinylm.recipe.labels import ClassificationObjective
 
-_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
+_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu_norm": nn.functional.gelu}
 _INITIAL_STD = 0.02
 
 
@@ -58,7 +58,10 @@ class SequenceClassifier(Model):
         self.body = body
         self._objective = objective
         width = body.input_embedding().embedding_dim
-        self.pooler = nn.Linear(width, width) if objective.pooler != "none" else None
+        has_norm = objective.pooler == "gelu_norm"
+        bias = bool(getattr(body.model, "bias", True)) if has_norm else True
+        self.pooler = nn.Linear(width, width, bias=bias) if objective.pooler != "none" else None
+        self.pooler_norm = nn.LayerNorm(width, eps=getattr(body.model, "norm_eps", 1e-5), bias=bias) if has_norm else None
         self.output = nn.Linear(width, len(objective.labels))
         self.dropout = Dropout(float(getattr(body.model, "dropout", 0.0)))
         if seed is not None:
@@ -69,7 +72,8 @@ class SequenceClassifier(Model):
             for module in (self.pooler, self.output):
                 if module is not None:
                     module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * _INITIAL_STD)
-                    module.bias.zero_()
+                    if module.bias is not None:
+                        module.bias.zero_()
 
     @property
     def objective(self) -> ClassificationObjective:
@@ -99,6 +103,8 @@ class SequenceClassifier(Model):
         """Pooled vectors (..., C) -> logits (..., L)."""
         if self.pooler is not None:
             vectors = self.pooler_activation(self.pooler(vectors))
+        if self.pooler_norm is not None:
+            vectors = self.pooler_norm(vectors)
         logits: Tensor = self.output(self.dropout(vectors))
         return logits
 
@@ -118,6 +124,9 @@ class SequenceClassifier(Model):
 
     def compile_units(self) -> Sequence[nn.Module]:
         return self.body.compile_units()
+
+    def compile_stacks(self) -> Sequence[nn.Module]:
+        return self.body.compile_stacks()
 
     def muon_weights(self) -> list[str]:
         return [BODY + name for name in self.body.muon_weights()]

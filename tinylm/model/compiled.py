@@ -39,7 +39,7 @@ SUPPORTS: Supports = {
     "value_embeddings": (0,),
     "value_residual": (False,),
     "embedding_shortcut": (False,),
-    "feed_forward": ("gelu", "relu", "relu2", "swiglu"),
+    "feed_forward": ("gelu", "relu", "relu2", "silu", "swiglu"),
     "rope_scaling": ANY,
     "rope_fraction": ANY,
 }
@@ -95,7 +95,7 @@ class CompiledStep:
         self._step = np.zeros(1, records.STEP)
         self._layers = np.zeros(network.model.n_layer, records.LAYER)
         self._matrices = np.zeros(network.model.n_layer * records.MATRICES_PER_LAYER + 2, records.MATRIX)
-        self._weights = _WeightArena()
+        self._weights = WeightArena()
         self._fill_records()
         self._weights.allocate()
         self._products_per_row = int((self._matrices["inputs"] * self._matrices["outputs"]).sum())
@@ -164,15 +164,15 @@ class CompiledStep:
         step["layers"], step["matrices"] = self._layers.ctypes.data, self._matrices.ctypes.data
         step["layer_count"], step["width"] = model.n_layer, model.n_embd
         step["heads"], step["kv_heads"], step["head_width"] = model.n_head, model.kv_heads, model.head_width
-        step["activation"] = getattr(records, model.feed_forward.upper())  # GELU, RELU, RELU2 or SWIGLU
+        step["activation"] = getattr(records, model.feed_forward.upper())  # GELU, RELU, ...
         step["layer_norm"], step["norm_eps"] = model.norm == "layernorm", model.norm_eps
         step["qk_norm_eps"] = model.norm_eps if model.qk_norm else -1.0
         step["softcap"] = model.logit_softcap or 0.0
         step["embedding"] = network.embedding.weight.data_ptr()
         self.update_position_tables()
         step["embedding_norm"] = network.embedding_norm is not None
-        self._fill_norm(step, "embedding", network.embedding_norm)
-        self._fill_norm(step, "final", network.final_norm)
+        self._weights.add_norm(step, "embedding", network.embedding_norm)
+        self._weights.add_norm(step, "final", network.final_norm)
         for index, block in enumerate(network.blocks):
             self._fill_layer(index, cast(Block, block))
         self._fill_matrix(model.n_layer * records.MATRICES_PER_LAYER, network.head)
@@ -187,8 +187,8 @@ class CompiledStep:
         """Fill in the norms, gains and matrices of a block."""
         attention, feed_forward = block.attention, block.feed_forward
         layer, first = self._layers[index : index + 1], index * records.MATRICES_PER_LAYER
-        self._fill_norm(layer, "attention", block.attention_norm)
-        self._fill_norm(layer, "feed_forward", block.feed_forward_norm)
+        self._weights.add_norm(layer, "attention", block.attention_norm)
+        self._weights.add_norm(layer, "feed_forward", block.feed_forward_norm)
         if attention.query_gain is not None and attention.key_gain is not None:
             self._weights.add_vector(layer, "query_gain", attention.query_gain)
             self._weights.add_vector(layer, "key_gain", attention.key_gain)
@@ -200,12 +200,6 @@ class CompiledStep:
         else:
             self._fill_matrix(first + records.UP, feed_forward.input)
         self._fill_matrix(first + records.DOWN, feed_forward.output)
-
-    def _fill_norm(self, record: np.ndarray, name: str, norm: nn.Module | None) -> None:
-        """Fill in the `NAME_gain` and `NAME_bias` fields of a record if the norm has these parameters."""
-        for field, vector in (("gain", getattr(norm, "weight", None)), ("bias", getattr(norm, "bias", None))):
-            if vector is not None:
-                self._weights.add_vector(record, f"{name}_{field}", vector)
 
     def _fill_matrix(self, index: int, linear: nn.Module, part: int = 0, parts: int = 1) -> None:
         """Fill in record `index` from a linear layer, or from one of `parts` equal slices of its outputs."""
@@ -231,14 +225,14 @@ class CompiledStep:
         heads = model.n_head + 2 * model.kv_heads
         hidden = max(model.feed_forward_width, len(model.ngram_embeddings) * model.ngram_width)
         widths = {"residual": model.n_embd, "qkv": heads * model.head_width, "attended": model.n_head * model.head_width}
-        sizes = {name: _round_up(4 * padded_rows * width) for name, width in (widths | {"hidden": hidden}).items()}
-        step["sums_offset"] = _round_up(4 * padded_rows * model.n_embd)
-        step["scores_offset"] = step["sums_offset"] + _round_up(4 * padded_rows * records.TILE)
-        step["scratch_bytes"] = step["scores_offset"] + _round_up(4 * model.n_head * capacity)
+        sizes = {name: round_up(4 * padded_rows * width) for name, width in (widths | {"hidden": hidden}).items()}
+        step["sums_offset"] = round_up(4 * padded_rows * model.n_embd)
+        step["scores_offset"] = step["sums_offset"] + round_up(4 * padded_rows * records.TILE)
+        step["scratch_bytes"] = step["scores_offset"] + round_up(4 * model.n_head * capacity)
         self._inputs = np.zeros((3, rows), dtype=np.int64)
         step["tokens"], step["positions"], step["cache_row_indices"] = (values.ctypes.data for values in self._inputs)
         sizes["barrier"] = 2 * _ALIGNMENT
-        self._workspace, address = _aligned_zeros(sum(sizes.values()) + threads * int(step["scratch_bytes"][0]))
+        self._workspace, address = aligned_zeros(sum(sizes.values()) + threads * int(step["scratch_bytes"][0]))
         for name, size in (sizes | {"scratch": 0}).items():
             step[name] = address
             address += size
@@ -252,22 +246,22 @@ def _weight_and_scale(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight.t() if isinstance(linear, TransposedLinear) else weight, None
 
 
-def _round_up(size: int) -> int:
+def round_up(size: int) -> int:
     """Round up to a multiple of the alignment."""
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _aligned_zeros(size: int) -> tuple[np.ndarray, int]:
+def aligned_zeros(size: int) -> tuple[np.ndarray, int]:
     """Return a zeroed array and an aligned address inside it, with at least `size` bytes from that address to the end."""
     memory = np.zeros(size + _ALIGNMENT, dtype=np.uint8)  # numpy requests huge pages for large arrays
-    return memory, _round_up(memory.ctypes.data)
+    return memory, round_up(memory.ctypes.data)
 
 
-class _WeightArena:
+class WeightArena:
     """One block of memory for all weights.
 
-    `add_tiles` and `add_vector` register a tensor and the record field that will contain its address. `allocate` copies the tensors
-    and sets the fields.
+    `add_tiles`, `add_vector` and `add_norm` register a tensor and the record field that will contain its address. `allocate` copies
+    the tensors and sets the fields.
     """
 
     def __init__(self) -> None:
@@ -282,9 +276,15 @@ class _WeightArena:
     def add_vector(self, record: np.ndarray, field: str, vector: Tensor) -> None:
         self._entries.append((record, field, vector.detach().float(), vector.shape))
 
+    def add_norm(self, record: np.ndarray, name: str, norm: nn.Module | None) -> None:
+        """Register the parameters of a norm, for the fields `NAME_gain` and `NAME_bias` of a record."""
+        for field, vector in (("gain", getattr(norm, "weight", None)), ("bias", getattr(norm, "bias", None))):
+            if vector is not None:
+                self.add_vector(record, f"{name}_{field}", vector)
+
     def allocate(self) -> None:
         sizes = [math.prod(shape) * tensor.element_size() for _, _, tensor, shape in self._entries]
-        self._memory, address = _aligned_zeros(sum(map(_round_up, sizes)))
+        self._memory, address = aligned_zeros(sum(map(round_up, sizes)))
         memory, start = torch.from_numpy(self._memory), address - self._memory.ctypes.data
         for size, (record, field, tensor, shape) in zip(sizes, self._entries, strict=True):
             target = memory[start : start + size].view(tensor.dtype).view(shape)
@@ -295,7 +295,7 @@ class _WeightArena:
             else:
                 target.copy_(tensor)
             record[field] = self._memory.ctypes.data + start
-            start += _round_up(size)
+            start += round_up(size)
         self._entries.clear()
 
 

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinylm.device import has_bf16_units
-from tinylm.errors import InputError
+from tinylm.errors import InputError, first_line
+from tinylm.host_copy import on_device
 from tinylm.model import compiled_recurrent
 from tinylm.model.base import Model
 from tinylm.model.cache import KVCache, LayerCache
@@ -32,7 +33,7 @@ from tinylm.model.hooks import has_functions
 from tinylm.model.layers import Attention, Block, RMSNorm
 from tinylm.model.packed import TransposedLinear, WeightKind, pack
 from tinylm.model.recurrent import Recurrent
-from tinylm.model.state import DecodingModel
+from tinylm.model.state import DecodingModel, DeviceSampler
 from tinylm.model.transformer import Transformer
 from tinylm.recipe.support import ANY, COMMON, Supports, unsupported_parts
 from tinylm.reporting import Reporter
@@ -164,9 +165,10 @@ class Decoder:
     """The `DecodingModel` for transformers: prefills prompts into rows of a KV cache and continues them token by token.
 
     `compiled`: compile the step with `backend`. With "numba" (the default on a CPU), a row's logits are bit-identical in every run
-    and do not depend on the other rows. "graphs" (the default on CUDA) captures the step in CUDA graphs, or with `graphs` if it is
-    not None. If that fails, it warns and decodes without graphs. "torch" (the default on other devices) uses `torch.compile` with
-    static shapes; the first step then takes tens of seconds. Raises `InputError` if the numba backend does not support the network.
+    and do not depend on the other rows. "graphs" (the default on CUDA) captures the step and the choice of tokens in CUDA graphs,
+    or with `graphs` if it is not None. If that fails, it warns and continues without graphs. "torch" (the default on other devices)
+    uses `torch.compile` with static shapes; the first step then takes tens of seconds. Raises `InputError` if the numba backend
+    does not support the network.
 
     Raises `ValueError` if functions are attached to the network's hook points, because a step would not call them, or if the
     network has a part that `SUPPORTS` does not list. `make_decoder` and `as_decoder` return a `FullPassDecoder` in these cases.
@@ -191,6 +193,7 @@ class Decoder:
         self._graphs: GraphBackend | None = None
         if compiled and backend == "graphs":
             self._graphs = graphs or CUDAGraphs(network.device)
+        self.samples_on_device = self._captures_sampling = self._graphs is not None
         self._graphed_steps: WeakKeyDictionary[KVCache, GraphedSteps] = WeakKeyDictionary()
         self.model, self.vocab_size = network.model, network.vocab_size
         if compiled and backend == "numba":
@@ -277,19 +280,40 @@ class Decoder:
         state.lengths[:] = [length + 1 for length in state.lengths]
         return logits
 
+    def sample_and_step(self, state: KVCache, logits: Tensor, sampler: DeviceSampler, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Implement `SamplesOnDevice`."""
+        chosen = self._sample(state, logits, sampler, uniforms)
+        return chosen, self.step(state, chosen.clamp_min(0))
+
+    def _sample(self, state: KVCache, logits: Tensor, sampler: DeviceSampler, uniforms: Tensor) -> Tensor:
+        if self._graphs is not None and self._captures_sampling:
+            try:
+                return self._steps(state, self._graphs).sample(logits, sampler, uniforms)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self._captures_sampling = False
+                problem = "choosing tokens without CUDA graphs, because sampling cannot be captured"
+                warnings.warn(f"{problem} ({first_line(error)})", stacklevel=2)
+        return sampler(logits, on_device(uniforms, logits.device))
+
+    def _steps(self, state: KVCache, graphs: GraphBackend) -> GraphedSteps:
+        if state not in self._graphed_steps:
+            self._graphed_steps[state] = GraphedSteps(self.decode_one_token, state, self.vocab_size, graphs)
+        return self._graphed_steps[state]
+
     def _torch_step(self, state: KVCache, tokens: Tensor) -> Tensor:
         lengths = state.lengths
         if self._graphs is not None:
-            if state not in self._graphed_steps:
-                self._graphed_steps[state] = GraphedSteps(self.decode_one_token, state, self.vocab_size, self._graphs)
             try:
-                return self._graphed_steps[state](tokens, lengths)
+                return self._steps(state, self._graphs)(tokens, lengths)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # some operations cannot be captured; if the step itself is wrong, it fails again below
                 self._graphs = None
-                first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-                warnings.warn(f"decoding without CUDA graphs, because a step cannot be captured ({first_line})", stacklevel=2)
+                self._graphed_steps.clear()
+                problem = "decoding without CUDA graphs, because a step cannot be captured"
+                warnings.warn(f"{problem} ({first_line(error)})", stacklevel=2)
         if self._static_shapes:  # also decodes inactive rows, which write to position 0; the next prompt overwrites it
             inactive = len(state.tokens) - len(lengths)
             positions = torch.tensor(lengths + [0] * inactive, device=self.device)

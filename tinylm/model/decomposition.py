@@ -71,7 +71,7 @@ def decompose(network: Model, cache: ActivationCache) -> Components:
         block = network.blocks[layer]
         assert isinstance(block, Block)
         parts = _through_block(block, layer, parts, embedded, cache)
-    return parts if network.final_norm is None else _frozen_norm(network.final_norm, parts, "final norm bias")
+    return parts if network.final_norm is None else frozen_norm(network.final_norm, parts, "final norm bias")
 
 
 def hook_names(network: Model) -> list[str]:
@@ -89,7 +89,7 @@ def final_hidden(network: Model, cache: ActivationCache) -> Tensor:
 def _embedded(network: Transformer, cache: ActivationCache) -> Components:
     names = [name for name in ("embed", "ngram_embed", "pos_embed") if name in cache]
     parts = Components(names, torch.stack([cache[name] for name in names]))
-    return parts if network.embedding_norm is None else _frozen_norm(network.embedding_norm, parts, "embedding norm bias")
+    return parts if network.embedding_norm is None else frozen_norm(network.embedding_norm, parts, "embedding norm bias")
 
 
 def _through_block(block: Block, layer: int, x: Components, embedded: Components, cache: ActivationCache) -> Components:
@@ -102,19 +102,19 @@ def _through_block(block: Block, layer: int, x: Components, embedded: Components
     if not block.post:
         return x + attended + feed_forward if crossed is None else x + attended + crossed + feed_forward
     if block.feed_forward_norm is None:  # parallel
-        return _frozen_norm(block.attention_norm, x + attended + feed_forward, f"L{layer} norm bias")
-    middle = _frozen_norm(block.attention_norm, x + attended, f"L{layer} attention norm bias")
+        return frozen_norm(block.attention_norm, x + attended + feed_forward, f"L{layer} norm bias")
+    middle = frozen_norm(block.attention_norm, x + attended, f"L{layer} attention norm bias")
     if crossed is not None:
         assert block.cross_attention_norm is not None
-        middle = _frozen_norm(block.cross_attention_norm, middle + crossed, f"L{layer} cross-attention norm bias")
-    return _frozen_norm(block.feed_forward_norm, middle + feed_forward, f"L{layer} feed-forward norm bias")
+        middle = frozen_norm(block.cross_attention_norm, middle + crossed, f"L{layer} cross-attention norm bias")
+    return frozen_norm(block.feed_forward_norm, middle + feed_forward, f"L{layer} feed-forward norm bias")
 
 
 def _heads(block: Block, layer: int, cache: ActivationCache) -> Components:
     """Return the contributions of each head and of the output projection's bias to the residual stream."""
     parts = _projected(block.attention, cache[f"blocks.{layer}.attn.z"], f"L{layer}H", f"L{layer} attention bias")
     norm = block.attention_norm if block.norm_position == "output" else block.attention_output_norm
-    return parts if norm is None else _frozen_norm(norm, parts, f"L{layer} attention output norm bias")
+    return parts if norm is None else frozen_norm(norm, parts, f"L{layer} attention output norm bias")
 
 
 def _cross_heads(block: Block, layer: int, cache: ActivationCache) -> Components | None:
@@ -124,7 +124,7 @@ def _cross_heads(block: Block, layer: int, cache: ActivationCache) -> Components
     z = cache[f"blocks.{layer}.cross_attention.z"]
     parts = _projected(block.cross_attention, z, f"L{layer}X", f"L{layer} cross-attention bias")
     norm = block.cross_attention_norm if block.norm_position == "output" else block.cross_attention_output_norm
-    return parts if norm is None else _frozen_norm(norm, parts, f"L{layer} cross-attention output norm bias")
+    return parts if norm is None else frozen_norm(norm, parts, f"L{layer} cross-attention output norm bias")
 
 
 def _projected(attention: Attention, z: Tensor, head_name: str, bias_name: str) -> Components:
@@ -139,7 +139,7 @@ def _projected(attention: Attention, z: Tensor, head_name: str, bias_name: str) 
     return Components(names, vectors)
 
 
-def _frozen_norm(norm: nn.Module, parts: Components, bias_name: str) -> Components:
+def frozen_norm(norm: nn.Module, parts: Components, bias_name: str) -> Components:
     """Apply a norm to each component with the scale computed from their sum. A bias becomes a separate component."""
     total, vectors = parts.total, parts.vectors
     if isinstance(norm, RMSNorm):

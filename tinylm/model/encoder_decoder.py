@@ -94,6 +94,23 @@ class EncoderDecoder(SequenceToSequence):
         layers = (block.cross_attention for block in self._decoder_blocks())
         return tuple(layer.project_keys_values(memory.hidden) for layer in layers if layer is not None)
 
+    def encode_sources(self, sources: Sequence[Tensor], length: int) -> tuple[Tensor, list[list[Tensor]]]:
+        """Pad sentences, each of ids (S,), to `length`, and encode them.
+
+        Return their mask (N, 1, 1, S), and the cross-attention keys and values (N, S, K, D) of each decoder block.
+        """
+        length = min(length, self.model.context_length)
+        unit = ROW_MULTIPLE // math.gcd(length, ROW_MULTIPLE)  # sentences are encoded in multiples of this number
+        ids = torch.zeros(-(-len(sources) // unit) * unit, length, dtype=torch.long, device=self.device)
+        segments = torch.full_like(ids, -1)
+        for row, source in enumerate(sources):
+            ids[row, : len(source)], segments[row, : len(source)] = source, 0
+        size = max(1, _ENCODED_TOKENS // (length * unit)) * unit
+        chunks = zip(torch.split(ids, size), torch.split(segments, size), strict=True)
+        encoded = [self.memory_keys_values(self.encode(*chunk)) for chunk in chunks]
+        layers = [[torch.cat(parts)[: len(sources)] for parts in zip(*layer, strict=True)] for layer in zip(*encoded, strict=True)]
+        return (segments[: len(sources)] >= 0)[:, None, None], layers
+
     def hidden(
         self,
         tokens: Tensor,
@@ -129,6 +146,9 @@ class EncoderDecoder(SequenceToSequence):
 
     def compile_units(self) -> Sequence[nn.Module]:
         return [*self.encoder.blocks, *self.decoder.blocks]
+
+    def compile_stacks(self) -> Sequence[nn.Module]:
+        return [self.encoder.blocks, self.decoder.blocks]
 
     def muon_weights(self) -> list[str]:
         return [name for name in super().muon_weights() if name != "decoder.head.weight"]
@@ -197,22 +217,8 @@ class _TargetState:
 
     def __init__(self, network: EncoderDecoder, sources: Sequence[Tensor], length: int) -> None:
         self._network = network
-        self._mask, self._keys_values = self._encode(sources, length)
+        self._mask, self._keys_values = network.encode_sources(sources, length)
         self._cache = _BeamCache(network.model.decoder_layers, len(sources), network.device)
-
-    def _encode(self, sources: Sequence[Tensor], length: int) -> tuple[Tensor, list[list[Tensor]]]:
-        """Encode padded sentences. Return their mask (N, 1, 1, S), and the keys and values (N, S, K, D) for each decoder block."""
-        length = min(length, self._network.model.context_length)
-        unit = ROW_MULTIPLE // math.gcd(length, ROW_MULTIPLE)  # sentences are encoded in multiples of this number
-        ids = torch.zeros(-(-len(sources) // unit) * unit, length, dtype=torch.long, device=self._network.device)
-        segments = torch.full_like(ids, -1)
-        for row, source in enumerate(sources):
-            ids[row, : len(source)], segments[row, : len(source)] = source, 0
-        size = max(1, _ENCODED_TOKENS // (length * unit)) * unit
-        chunks = zip(torch.split(ids, size), torch.split(segments, size), strict=True)
-        encoded = [self._network.memory_keys_values(self._network.encode(*chunk)) for chunk in chunks]
-        layers = [[torch.cat(parts)[: len(sources)] for parts in zip(*layer, strict=True)] for layer in zip(*encoded, strict=True)]
-        return (segments[: len(sources)] >= 0)[:, None, None], layers
 
     def keep_sources(self, sources: Sequence[int]) -> None:
         self._mask = _kept(self._mask, sources)

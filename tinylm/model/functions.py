@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinylm.cost.memory import FUSED_LOSS_FROM, LOSS_ROWS_FP16, fused_loss_rows
+from tinylm.errors import first_line
 
 _WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -399,8 +400,7 @@ class FusedLoss:
                 raise
             except Exception as error:  # the compiler's errors have no common base class, and some come from the tools it runs
                 self.enabled = False
-                first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-                warnings.warn(f"the loss cannot be compiled ({first_line}); using the uncompiled loss", stacklevel=2)
+                warnings.warn(f"the loss cannot be compiled ({first_line(error)}); using the uncompiled loss", stacklevel=2)
         losses, gradients = _losses_and_logit_gradients(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, cap)
         return losses, gradients.to(logits.dtype)
 

@@ -8,17 +8,21 @@ Legend: `B` active rows, `R` rows in a graph, `S` cached positions, `V` vocabula
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from tinylm.host_copy import on_device
 from tinylm.model.cache import KVCache, LayerCache
+from tinylm.model.state import DeviceSampler
 
 SPAN_MULTIPLE = 128
 """Graphs attend to a multiple of this many cached positions. The positions that a row has not filled are masked."""
 _WARM_UP_RUNS = 3
+MAX_SAMPLING_GRAPHS = 64
+"""Maximum number of sampling graphs per cache. A server can receive any number of different sampling options."""
 
 Work = Callable[[], None]
 StepFunction = Callable[[list[LayerCache], Tensor, Tensor, Tensor, int, bool], Tensor]
@@ -79,9 +83,10 @@ def span_in_graph(length: int, capacity: int) -> int:
 
 
 class GraphedSteps:
-    """Decodes one token at a time in the rows of one cache. Graphs are captured when they are first needed.
+    """Samples and decodes one token at a time in the rows of one cache. Graphs are captured when they are first needed.
 
-    A graph also decodes inactive rows of the cache. They write to position 0, which the next prompt in the row overwrites.
+    A graph also decodes inactive rows of the cache. They write to position 0, which the next prompt in the row overwrites. Sampling
+    has its own graphs, because they depend on the sampling options and not on the number of cached positions.
     """
 
     def __init__(self, step: StepFunction, cache: KVCache, vocab_size: int, backend: GraphBackend) -> None:
@@ -91,8 +96,11 @@ class GraphedSteps:
         rows, device = len(cache.tokens), cache.tokens.device
         self._tokens, self._positions, self._active = torch.zeros((3, rows), dtype=torch.long, device=device)
         self._logits = torch.zeros((rows, vocab_size), device=device)
+        self._uniforms = torch.zeros(rows, dtype=torch.float64, device=device)
+        self._chosen = torch.zeros(rows, dtype=torch.long, device=device)
         self._lengths: list[int] = []  # the positions of the active rows in `_positions`
         self._graphs: dict[tuple[int, int], Work] = {}
+        self._sampling_graphs: dict[tuple[int, Hashable], Work] = {}
 
     @property
     def shapes(self) -> set[tuple[int, int]]:
@@ -102,15 +110,16 @@ class GraphedSteps:
     def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         """Append `tokens` (B,) to rows of these lengths. Return the next-token logits (B, V) in float32.
 
-        Does not wait for the device unless rows were added, removed, moved or prefilled since the last step.
+        Does not wait for the device.
         """
         active, (rows, capacity) = len(lengths), self._cached_tokens.shape
         shape = rows_in_graph(active, rows), span_in_graph(max(lengths) + 1, capacity)
         if self._lengths != list(lengths):
             self._lengths = []  # if the capture fails, the buffers do not belong to a completed step
             inactive = [0] * (rows - active)
-            self._positions.copy_(torch.tensor([*lengths, *inactive]))
-            self._active.copy_(torch.tensor([1] * active + inactive))
+            positions_and_active = torch.tensor([[*lengths, *inactive], [1] * active + inactive])
+            for buffer, values in zip((self._positions, self._active), on_device(positions_and_active, tokens.device), strict=True):
+                buffer.copy_(values)
         self._tokens[:active].copy_(tokens)
         if shape not in self._graphs:
             self._graphs[shape] = self._backend.capture(self._work(*shape))
@@ -118,6 +127,26 @@ class GraphedSteps:
         self._positions.add_(self._active)
         self._lengths = [length + 1 for length in lengths]
         return self._logits[:active].clone()
+
+    def sample(self, logits: Tensor, sampler: DeviceSampler, uniforms: Tensor) -> Tensor:
+        """Return what `sampler` returns for logits (B, V) and for random numbers (B,) on the host. Does not wait for the device."""
+        active = len(logits)
+        rows = rows_in_graph(active, len(self._cached_tokens))
+        uniforms = on_device(uniforms, logits.device)
+        if (rows, sampler.key) not in self._sampling_graphs:
+            if len(self._sampling_graphs) == MAX_SAMPLING_GRAPHS:
+                return sampler(logits, uniforms)
+            self._sampling_graphs[rows, sampler.key] = self._backend.capture(self._sampling(rows, sampler))
+        self._logits[:active].copy_(logits)
+        self._uniforms[:active].copy_(uniforms)
+        self._sampling_graphs[rows, sampler.key]()
+        return self._chosen[:active].clone()
+
+    def _sampling(self, rows: int, sampler: DeviceSampler) -> Work:
+        def work() -> None:
+            self._chosen[:rows].copy_(sampler(self._logits[:rows], self._uniforms[:rows]))
+
+        return work
 
     def _work(self, rows: int, span: int) -> Work:
         """Return a step on the fixed buffers. It can be repeated, because it overwrites only what the same step has written."""

@@ -39,6 +39,7 @@ from tinylm.model.step_records import (
     RELU,
     RELU2,
     ROW_BLOCK,
+    SILU,
     SOFTCAP,
     STORE,
     SWIGLU,
@@ -51,7 +52,7 @@ _SPINS_BEFORE_SLEEP = 1000
 _PREFETCH_BYTES = 8192
 """Prefetch distance for products that read each tile only once."""
 _FLOAT, _HALF, _BYTE, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(8), ir.IntType(32), ir.IntType(64)
-_fast = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
+fast = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
 """Allows the compiler to reorder sums for vectorization, in the same way for each row. NaN and infinity are handled correctly."""
 _strict = njit(nogil=True, error_model="numpy", fastmath={"contract"})
 """Makes the compiler keep the order of operations. Without any flag, a function would inherit its caller's flags."""
@@ -62,7 +63,7 @@ def _architecture() -> str:
 
 
 @cache
-def _registers() -> tuple[int, int]:
+def vector_registers() -> tuple[int, int]:
     """Return the number of float32 lanes per vector register, and the number of registers to use for sums."""
     features = llvmlite.binding.get_host_cpu_features()
     if features.get("avx512f"):
@@ -113,7 +114,7 @@ def _bitcast_intrinsic(source: Any, target: Any, llvm_target: Any) -> Any:
 
 
 @intrinsic
-def _call(context: Any, address: Any) -> Any:
+def call(context: Any, address: Any) -> Any:
     """Call the function at an address without arguments, and return its result."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -155,22 +156,21 @@ def _pause(context: Any) -> Any:
     return types.void(), emit
 
 
-_load, _store = _load_intrinsic(_FLOAT, types.float32), _store_intrinsic(_FLOAT, types.float32)
-_load_id, _store_id = _load_intrinsic(_I64, types.int64), _store_intrinsic(_I64, types.int64)
+load, store = _load_intrinsic(_FLOAT, types.float32), _store_intrinsic(_FLOAT, types.float32)
+load_id, store_id = _load_intrinsic(_I64, types.int64), _store_intrinsic(_I64, types.int64)
 _layers_at, _matrices_at = pointer_cast(LAYER), pointer_cast(MATRIX)
 _to_bits, _from_bits = _bitcast_intrinsic(types.float32, types.int32, _I32), _bitcast_intrinsic(types.int32, types.float32, _FLOAT)
 
 
-def _make_multiply(rows: int, weight_bytes: int) -> Any:
-    """Return a function that multiplies `rows` rows by a tile (a panel if `rows` is `ROW_BLOCK`), and its number of passes.
+def make_multiply(rows: int, weight_bytes: int, outputs: int, columns: int, *, rereads: bool) -> Any:
+    """Return a function that multiplies `rows` rows by `outputs` outputs (a tile or a panel), and its number of passes.
 
-    A pass computes as many outputs as fit in the registers. The function's arguments are the weight address, the input address, the
-    number of bytes between input rows, the number of inputs, and the address of the sums (rows, TILE). For `ROW_BLOCK` rows, the
-    last two arguments are the address to prefetch from and its increment in bytes per input.
+    A pass computes `columns` outputs, whose sums must fit in the registers. The function's arguments are the weight address, the
+    input address, the number of bytes between input rows, the number of inputs, and the address of the sums (rows, TILE). If the
+    caller `rereads` the weights for several blocks of rows, the last two arguments are the address to prefetch from and its
+    increment in bytes per input.
     """
-    lanes, registers = _registers()
-    outputs = TILE if rows < ROW_BLOCK else PANEL
-    columns = max(lanes, min(outputs, lanes * registers // rows))
+    lanes, _ = vector_registers()
     vectors, passes = columns // lanes, outputs // columns
     vector, int_vector = ir.VectorType(_FLOAT, lanes), ir.VectorType(_I32, lanes)
     stored = ir.VectorType({4: _FLOAT, 2: _HALF, 1: _BYTE}[weight_bytes], lanes)
@@ -205,10 +205,10 @@ def _make_multiply(rows: int, weight_bytes: int) -> Any:
         for part in range(vectors):
             panel_index, column = divmod(part * lanes, PANEL)
             addresses.append(add(add(current, times(next_panel, _I64(panel_index))), _I64(column * weight_bytes)))
-            if rows < ROW_BLOCK and column * weight_bytes % 64 == 0:
+            if not rereads and column * weight_bytes % 64 == 0:
                 prefetches.append(add(addresses[-1], _I64(_PREFETCH_BYTES)))
-        if rows == ROW_BLOCK:
-            lines = max(1, PANEL * weight_bytes // 64 // passes)
+        if rereads:
+            lines = max(1, outputs * weight_bytes // 64 // passes)
             prefetches = [add(add(prefetch, times(index, prefetch_stride)), _I64(64 * line)) for line in range(lines)]
         for address in prefetches:
             builder.call(fetch, [builder.inttoptr(address, _BYTE.as_pointer()), _I32(0), _I32(2), _I32(1)])
@@ -239,7 +239,7 @@ def _make_multiply(rows: int, weight_bytes: int) -> Any:
     ) -> Any:
         return types.void(*(types.int64,) * 7), emit
 
-    @_fast
+    @fast
     def all_columns(weights: Any, inputs: Any, row_bytes: Any, count: Any, sums: Any, prefetch: Any, prefetch_stride: Any) -> None:
         for part in range(passes):
             first = part * columns
@@ -250,10 +250,16 @@ def _make_multiply(rows: int, weight_bytes: int) -> Any:
 
 
 def _make_multiply_any(rows: int) -> Any:
-    """Like `_make_multiply`, but the function takes `weight_bytes` as its first argument."""
-    (fp32, passes), (bf16, _), (int8, _) = (_make_multiply(rows, weight_bytes) for weight_bytes in (4, 2, 1))
+    """Like `make_multiply` for a tile (a panel if `rows` is `ROW_BLOCK`), but the function takes `weight_bytes` as its first
+    argument."""
+    lanes, registers = vector_registers()
+    outputs = TILE if rows < ROW_BLOCK else PANEL
+    columns = max(lanes, min(outputs, lanes * registers // rows))
+    (fp32, passes), (bf16, _), (int8, _) = (
+        make_multiply(rows, weight_bytes, outputs, columns, rereads=rows == ROW_BLOCK) for weight_bytes in (4, 2, 1)
+    )
 
-    @_fast
+    @fast
     def multiply(
         weight_bytes: Any,
         weights: Any,
@@ -278,7 +284,7 @@ def _make_multiply_any(rows: int) -> Any:
 
 
 @_strict
-def _exp(x: Any) -> Any:
+def exp(x: Any) -> Any:
     """exp(x) within 2 ulp, in vectorizable operations: 2 ** n (assembled from its bits) times a polynomial in the remainder."""
     x = min(max(x, np.float32(-87.0)), np.float32(88.0))
     shifted = x * np.float32(1.44269504) + np.float32(12582912.0)  # adding 1.5 * 2 ** 23 rounds to an integer
@@ -296,14 +302,14 @@ def _exp(x: Any) -> Any:
     return value * _from_bits(np.int32((_to_bits(shifted) - np.int32(0x4B400000 - 127)) << np.int32(23)))
 
 
-@_fast
+@fast
 def _times_sigmoid(x: Any, gate: Any) -> Any:
     """x * sigmoid(gate)."""
-    return x / (np.float32(1.0) + _exp(-gate))
+    return x / (np.float32(1.0) + exp(-gate))
 
 
-@_fast
-def _barrier(step: Any, threads: Any) -> None:
+@fast
+def barrier(step: Any, threads: Any) -> None:
     """Wait for all threads. After spinning for a while, a thread sleeps, because there may be more threads than free cores."""
     if threads == 1:
         return
@@ -321,7 +327,7 @@ def _barrier(step: Any, threads: Any) -> None:
             _call_usleep(step.usleep, np.int32(1))
 
 
-@_fast
+@fast
 def _tile_sums(matrix: Any, tile: Any, rows: Any, inputs: Any, row_bytes: Any, sums: Any) -> None:
     """Multiply every row by one weight tile, and write the results to `sums` (rows, TILE). Input rows are `row_bytes` apart."""
     count, weight_bytes = matrix.inputs, matrix.weight_bytes
@@ -345,38 +351,42 @@ def _tile_sums(matrix: Any, tile: Any, rows: Any, inputs: Any, row_bytes: Any, s
         _multiply_four(weight_bytes, weights, x, row_bytes, count, y, 0, 0)
 
 
-@_fast
-def _apply_epilogue(step: Any, y: Any, width: Any, out: Any, epilogue: Any) -> None:
+@fast
+def apply_epilogue(step: Any, y: Any, width: Any, out: Any, epilogue: Any) -> None:
     """Apply an epilogue to the `width` outputs at `y`, and write the results to `out`."""
     if epilogue == STORE:
         for i in range(width):
-            _store(out, i, _load(y, i))
+            store(out, i, load(y, i))
     elif epilogue == ADD:
         for i in range(width):
-            _store(out, i, _load(out, i) + _load(y, i))
+            store(out, i, load(out, i) + load(y, i))
     elif epilogue == GELU:
         for i in range(width):
-            value = _load(y, i)
+            value = load(y, i)
             inner = np.float32(1.5957691216) * (value + np.float32(0.044715) * value * value * value)  # 2 sqrt(2 / pi)
-            _store(out, i, _times_sigmoid(value, inner))
+            store(out, i, _times_sigmoid(value, inner))
     elif epilogue == RELU:
         for i in range(width):
-            _store(out, i, max(_load(y, i), np.float32(0.0)))
+            store(out, i, max(load(y, i), np.float32(0.0)))
     elif epilogue == RELU2:
         for i in range(width):
-            value = max(_load(y, i), np.float32(0.0))
-            _store(out, i, value * value)
+            value = max(load(y, i), np.float32(0.0))
+            store(out, i, value * value)
+    elif epilogue == SILU:
+        for i in range(width):
+            value = load(y, i)
+            store(out, i, _times_sigmoid(value, value))
     elif epilogue == SWIGLU:
         for i in range(width):
-            gate = _load(out, i)
-            _store(out, i, _times_sigmoid(gate, gate) * _load(y, i))
+            gate = load(out, i)
+            store(out, i, _times_sigmoid(gate, gate) * load(y, i))
     else:
         cap = step.softcap
         for i in range(width):  # tanh(z) = 2 sigmoid(2 z) - 1
-            _store(out, i, _times_sigmoid(np.float32(2.0) * cap, np.float32(2.0) * _load(y, i) / cap) - cap)
+            store(out, i, _times_sigmoid(np.float32(2.0) * cap, np.float32(2.0) * load(y, i) / cap) - cap)
 
 
-@_fast
+@fast
 def _matmul(step: Any, index: Any, thread: Any, threads: Any, rows: Any, inputs: Any, out: Any, epilogue: Any) -> None:
     """Compute this thread's share of a matrix product with an epilogue: inputs (rows, inputs) -> out (rows, outputs)."""
     matrix = carray(_matrices_at(step.matrices), 1 << 30)[index]
@@ -391,36 +401,36 @@ def _matmul(step: Any, index: Any, thread: Any, threads: Any, rows: Any, inputs:
             y = sums + row * TILE * 4
             if matrix.scales:
                 for i in range(width):
-                    _store(y, i, _load(y, i) * _load(matrix.scales, begin + i))
+                    store(y, i, load(y, i) * load(matrix.scales, begin + i))
             if matrix.biases:
                 for i in range(width):
-                    _store(y, i, _load(y, i) + _load(matrix.biases, begin + i))
-            _apply_epilogue(step, y, width, out + (row * outputs + begin) * 4, epilogue)
+                    store(y, i, load(y, i) + load(matrix.biases, begin + i))
+            apply_epilogue(step, y, width, out + (row * outputs + begin) * 4, epilogue)
 
 
-@_fast
-def _normalize(x: Any, count: Any, layer_norm: Any, eps: Any, gain: Any, bias: Any, out: Any) -> None:
+@fast
+def normalize(x: Any, count: Any, layer_norm: Any, eps: Any, gain: Any, bias: Any, out: Any) -> None:
     """Apply LayerNorm or RMSNorm to the `count` numbers at `x`, and write the results to `out`."""
     mean, square = np.float32(0.0), np.float32(0.0)
     if layer_norm:
         for i in range(count):
-            mean += _load(x, i)
+            mean += load(x, i)
         mean /= np.float32(count)
     for i in range(count):
-        difference = _load(x, i) - mean
+        difference = load(x, i) - mean
         square += difference * difference
     scale = np.float32(1.0) / np.sqrt(square / np.float32(count) + eps)
     for i in range(count):
-        _store(out, i, (_load(x, i) - mean) * scale)
+        store(out, i, (load(x, i) - mean) * scale)
     if gain:
         for i in range(count):
-            _store(out, i, _load(out, i) * _load(gain, i))
+            store(out, i, load(out, i) * load(gain, i))
     if bias:
         for i in range(count):
-            _store(out, i, _load(out, i) + _load(bias, i))
+            store(out, i, load(out, i) + load(bias, i))
 
 
-@_fast
+@fast
 def _normalize_rows(step: Any, thread: Any, gain: Any, bias: Any) -> Any:
     """Normalize every row into this thread's scratch area and return its address.
 
@@ -429,102 +439,102 @@ def _normalize_rows(step: Any, thread: Any, gain: Any, bias: Any) -> Any:
     scratch, width = step.scratch + thread * step.scratch_bytes, step.width
     for row in range(step.rows):
         offset = row * width * 4
-        _normalize(step.residual + offset, width, step.layer_norm, step.norm_eps, gain, bias, scratch + offset)
+        normalize(step.residual + offset, width, step.layer_norm, step.norm_eps, gain, bias, scratch + offset)
     return scratch
 
 
-@_fast
+@fast
 def _embed_token(step: Any, row: Any) -> None:
     """Write a row's token embedding to the residual stream and its concatenated n-gram embeddings to `hidden`."""
-    width, token, position = step.width, _load_id(step.tokens, row), _load_id(step.positions, row)
+    width, token, position = step.width, load_id(step.tokens, row), load_id(step.positions, row)
     embedded, residual = step.embedding + token * width * 4, step.residual + row * width * 4
     for i in range(width):
-        _store(residual, i, _load(embedded, i))
-    cached = step.cached_tokens + _load_id(step.cache_row_indices, row) * step.capacity * 8
-    _store_id(cached, position, token)
+        store(residual, i, load(embedded, i))
+    cached = step.cached_tokens + load_id(step.cache_row_indices, row) * step.capacity * 8
+    store_id(cached, position, token)
     for order_index in range(step.ngram_order_count):
-        order = _load_id(step.ngram_orders, order_index)
+        order = load_id(step.ngram_orders, order_index)
         key = order
         for t in range(position - order + 1, position + 1):
-            key = (key + (step.pad_id if t < 0 else _load_id(cached, t)) + 1) * HASH_MULTIPLIER
+            key = (key + (step.pad_id if t < 0 else load_id(cached, t)) + 1) * HASH_MULTIPLIER
             key = key ^ (key >> 29)
         vector = step.ngram_table + (key % step.ngram_rows + order_index * step.ngram_rows) * step.ngram_width * 4
         out = step.hidden + (row * step.ngram_order_count + order_index) * step.ngram_width * 4
         for i in range(step.ngram_width):
-            _store(out, i, _load(vector, i))
+            store(out, i, load(vector, i))
 
 
-@_fast
+@fast
 def _embed(step: Any, thread: Any, threads: Any) -> None:
     """Write the input of the first layer to the residual stream."""
     rows, width = step.rows, step.width
     for row in range(thread, rows, threads):
         _embed_token(step, row)
     if step.ngram_order_count:
-        _barrier(step, threads)
+        barrier(step, threads)
         _matmul(step, step.layer_count * MATRICES_PER_LAYER + 1, thread, threads, rows, step.hidden, step.residual, ADD)
-        _barrier(step, threads)
+        barrier(step, threads)
     for row in range(thread, rows, threads):
         residual = step.residual + row * width * 4
         if step.position_table:
-            position_vector = step.position_table + _load_id(step.positions, row) * width * 4
+            position_vector = step.position_table + load_id(step.positions, row) * width * 4
             for i in range(width):
-                _store(residual, i, _load(residual, i) + _load(position_vector, i))
+                store(residual, i, load(residual, i) + load(position_vector, i))
         if step.embedding_norm:
-            _normalize(residual, width, step.layer_norm, step.norm_eps, step.embedding_gain, step.embedding_bias, residual)
+            normalize(residual, width, step.layer_norm, step.norm_eps, step.embedding_gain, step.embedding_bias, residual)
 
 
-@_fast
+@fast
 def _norm_and_rotate(step: Any, x: Any, gain: Any, position: Any) -> None:
     """Normalize a query or key, and apply its rotary position embedding, in place."""
     width = step.head_width
     if step.qk_norm_eps >= np.float32(0.0):
-        _normalize(x, width, 0, step.qk_norm_eps, gain, 0, x)
+        normalize(x, width, 0, step.qk_norm_eps, gain, 0, x)
     if step.cosines:
         half = width // 2
         cosines, sines, other = step.cosines + position * half * 4, step.sines + position * half * 4, x + half * 4
         for i in range(half):
-            a, b, cosine, sine = _load(x, i), _load(other, i), _load(cosines, i), _load(sines, i)
-            _store(x, i, a * cosine - b * sine)
-            _store(other, i, b * cosine + a * sine)
+            a, b, cosine, sine = load(x, i), load(other, i), load(cosines, i), load(sines, i)
+            store(x, i, a * cosine - b * sine)
+            store(other, i, b * cosine + a * sine)
 
 
-@_fast
+@fast
 def _store_keys_values(step: Any, layer: Any, layer_index: Any, row: Any, first: Any, last: Any) -> None:
     """Write the keys and values of a row's key/value heads [first, last) to the cache."""
     width, row_bytes = step.head_width, step.kv_heads * step.head_width * 4
     new_keys = step.qkv + (row * (step.heads + 2 * step.kv_heads) + step.heads) * width * 4
-    position = _load_id(step.positions, row)
-    begin = ((layer_index * step.cache_row_count + _load_id(step.cache_row_indices, row)) * step.capacity + position) * row_bytes
+    position = load_id(step.positions, row)
+    begin = ((layer_index * step.cache_row_count + load_id(step.cache_row_indices, row)) * step.capacity + position) * row_bytes
     for head in range(first, last):
         _norm_and_rotate(step, new_keys + head * width * 4, layer.key_gain, position)
     for i in range(first * width, last * width):
-        _store(step.keys + begin, i, _load(new_keys, i))
+        store(step.keys + begin, i, load(new_keys, i))
     for i in range(first * width, last * width):
-        _store(step.values + begin, i, _load(new_keys + row_bytes, i))
+        store(step.values + begin, i, load(new_keys + row_bytes, i))
 
 
-@_fast
+@fast
 def _attend(step: Any, layer: Any, layer_index: Any, thread: Any, row: Any, first: Any, last: Any) -> None:
     """Compute attention for a row's query heads that use the key/value heads [first, last).
 
     Reads the cache sequentially: position by position, with all heads of a position together.
     """
     width, group = step.head_width, step.heads // step.kv_heads
-    position, row_bytes = _load_id(step.positions, row), step.kv_heads * width * 4
+    position, row_bytes = load_id(step.positions, row), step.kv_heads * width * 4
     queries = step.qkv + row * (step.heads + 2 * step.kv_heads) * width * 4
-    begin = (layer_index * step.cache_row_count + _load_id(step.cache_row_indices, row)) * step.capacity * row_bytes
+    begin = (layer_index * step.cache_row_count + load_id(step.cache_row_indices, row)) * step.capacity * row_bytes
     for query in range(first * group, last * group):
         _norm_and_rotate(step, queries + query * width * 4, layer.query_gain, position)
     scores, score_bytes = step.scratch + thread * step.scratch_bytes + step.scores_offset, step.capacity * 4
     _attention_scores(queries, step.keys + begin, position + 1, row_bytes, first, last, group, width, scores, score_bytes)
     for query in range(first * group, last * group):
-        _softmax(scores + query * score_bytes, position + 1)
+        softmax(scores + query * score_bytes, position + 1)
     attended = step.attended + row * step.heads * width * 4
     _weighted_values(scores, score_bytes, step.values + begin, position + 1, row_bytes, first, last, group, width, attended)
 
 
-@_fast
+@fast
 def _attention_scores(
     queries: Any,
     keys: Any,
@@ -545,11 +555,11 @@ def _attention_scores(
             for query in range(head * group, (head + 1) * group):
                 q, score = queries + query * width * 4, np.float32(0.0)
                 for i in range(width):
-                    score += _load(q, i) * _load(k, i)
-                _store(scores + query * score_bytes, t, score * scale)
+                    score += load(q, i) * load(k, i)
+                store(scores + query * score_bytes, t, score * scale)
 
 
-@_fast
+@fast
 def _weighted_values(
     weights: Any,
     score_bytes: Any,
@@ -564,46 +574,46 @@ def _weighted_values(
 ) -> None:
     """Compute weighted sums of the values at `count` positions. Four positions at a time reduce the number of writes."""
     for i in range(first * group * width, last * group * width):
-        _store(attended, i, np.float32(0.0))
+        store(attended, i, np.float32(0.0))
     for t in range(0, count - 3, 4):
         for head in range(first, last):
             v = values + t * row_bytes + head * width * 4
             for query in range(head * group, (head + 1) * group):
                 weight, out = weights + query * score_bytes + t * 4, attended + query * width * 4
-                a, b, c, d = _load(weight, 0), _load(weight, 1), _load(weight, 2), _load(weight, 3)
+                a, b, c, d = load(weight, 0), load(weight, 1), load(weight, 2), load(weight, 3)
                 for i in range(width):
                     weighted = (
-                        a * _load(v, i)
-                        + b * _load(v + row_bytes, i)
-                        + c * _load(v + 2 * row_bytes, i)
-                        + d * _load(v + 3 * row_bytes, i)
+                        a * load(v, i)
+                        + b * load(v + row_bytes, i)
+                        + c * load(v + 2 * row_bytes, i)
+                        + d * load(v + 3 * row_bytes, i)
                     )
-                    _store(out, i, _load(out, i) + weighted)
+                    store(out, i, load(out, i) + weighted)
     for t in range(count - count % 4, count):
         for head in range(first, last):
             v = values + t * row_bytes + head * width * 4
             for query in range(head * group, (head + 1) * group):
-                weight, out = _load(weights + query * score_bytes, t), attended + query * width * 4
+                weight, out = load(weights + query * score_bytes, t), attended + query * width * 4
                 for i in range(width):
-                    _store(out, i, _load(out, i) + weight * _load(v, i))
+                    store(out, i, load(out, i) + weight * load(v, i))
 
 
-@_fast
-def _softmax(scores: Any, count: Any) -> None:
+@fast
+def softmax(scores: Any, count: Any) -> None:
     """Replace `count` scores with their softmax, in place."""
     maximum, total = np.float32(-np.inf), np.float32(0.0)
     for i in range(count):
-        maximum = max(maximum, _load(scores, i))
+        maximum = max(maximum, load(scores, i))
     for i in range(count):
-        weight = _exp(_load(scores, i) - maximum)
-        _store(scores, i, weight)
+        weight = exp(load(scores, i) - maximum)
+        store(scores, i, weight)
         total += weight
     scale = np.float32(1.0) / total
     for i in range(count):
-        _store(scores, i, _load(scores, i) * scale)
+        store(scores, i, load(scores, i) * scale)
 
 
-@_fast
+@fast
 def _attention(step: Any, layer: Any, layer_index: Any, thread: Any, threads: Any) -> None:
     """Compute attention for this thread's share of the rows and heads. The caller must wait at a barrier afterwards."""
     units = step.rows * step.kv_heads
@@ -619,30 +629,30 @@ def _attention(step: Any, layer: Any, layer_index: Any, thread: Any, threads: An
                 _attend(step, layer, layer_index, thread, row, head, head + heads)
             unit += heads
         if storing and step.is_prefill:  # a row attends to keys that other threads write
-            _barrier(step, threads)
+            barrier(step, threads)
 
 
-@_fast
+@fast
 def _decode(step: Any, thread: Any, threads: Any) -> None:
     """Run this thread's share of a step."""
     _embed(step, thread, threads)
-    _barrier(step, threads)
+    barrier(step, threads)
     layers, rows = carray(_layers_at(step.layers), 1 << 30), step.rows
     for layer_index in range(step.layer_count):
         layer, first = layers[layer_index], layer_index * MATRICES_PER_LAYER
         normed = _normalize_rows(step, thread, layer.attention_gain, layer.attention_bias)
         _matmul(step, first + QKV, thread, threads, rows, normed, step.qkv, STORE)
-        _barrier(step, threads)
+        barrier(step, threads)
         _attention(step, layer, layer_index, thread, threads)
-        _barrier(step, threads)
+        barrier(step, threads)
         _matmul(step, first + ATTENTION_OUTPUT, thread, threads, rows, step.attended, step.residual, ADD)
-        _barrier(step, threads)
+        barrier(step, threads)
         normed = _normalize_rows(step, thread, layer.feed_forward_gain, layer.feed_forward_bias)
         _matmul(step, first + GATE, thread, threads, rows, normed, step.hidden, STORE)
         _matmul(step, first + UP, thread, threads, rows, normed, step.hidden, step.activation)
-        _barrier(step, threads)
+        barrier(step, threads)
         _matmul(step, first + DOWN, thread, threads, rows, step.hidden, step.residual, ADD)
-        _barrier(step, threads)
+        barrier(step, threads)
     first_row = rows - 1 if step.is_prefill else 0
     normed = _normalize_rows(step, thread, step.final_gain, step.final_bias) + first_row * step.width * 4
     epilogue = SOFTCAP if step.softcap > np.float32(0.0) else STORE
@@ -654,5 +664,5 @@ def decode(steps: Any) -> None:
     step = carray(steps, 1)[0]
     thread, threads = np.int64(0), np.int64(1)
     if step.get_thread_num:
-        thread, threads = np.int64(_call(step.get_thread_num)), np.int64(_call(step.get_num_threads))
+        thread, threads = np.int64(call(step.get_thread_num)), np.int64(call(step.get_num_threads))
     _decode(step, thread, threads)

@@ -5,12 +5,14 @@ Legend: `B` batch, `T` time, `S` time of keys and values, `C` width, `H` query h
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils.checkpoint import checkpoint
 
 from tinylm.model.block_mask import block_masked_attention
 from tinylm.model.cache import CacheRows
@@ -419,3 +421,25 @@ class Block(nn.Module):
         output = self._norm_output(self.feed_forward(x), self.feed_forward_norm, self.feed_forward_output_norm)
         dropped: Tensor = self.hook_mlp_out(self.dropout(output))
         return dropped
+
+
+class Blocks(nn.ModuleList):
+    """The blocks of a transformer. Training can compile each block, or all of them together (`training.compile: model`)."""
+
+    def __init__(self, blocks: Iterable[Block], *, value_residual: bool = False, uses_dropout: bool = False) -> None:
+        super().__init__(blocks)
+        self._value_residual, self._uses_dropout = value_residual, uses_dropout
+
+    def forward(self, x: Tensor, context: ForwardContext, *, n_last: int | None = None, recompute: bool = False) -> Tensor:
+        """(B, T, C) -> (B, T, C), or (B, n_last, C). `recompute`: save only the input of each block for the backward pass."""
+        first_values: Tensor | None = None
+        for number, block in enumerate(self, 1):
+            if n_last is not None and number == len(self):
+                x, values = block(x, context, first_values, n_last=n_last)  # (B, n_last, C)
+            elif recompute and torch.is_grad_enabled():
+                x, values = checkpoint(block, x, context, first_values, use_reentrant=False, preserve_rng_state=self._uses_dropout)
+            else:
+                x, values = block(x, context, first_values)
+            if first_values is None and self._value_residual:
+                first_values = values
+        return x

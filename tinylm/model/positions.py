@@ -74,8 +74,10 @@ def positions_in_segments(segments: Tensor) -> Tensor:
     """Return positions that restart at 0 in each segment: [5, 5, 5, 6, 6] -> [0, 1, 2, 0, 1]. (B, T) -> (B, T)."""
     index = torch.arange(segments.shape[1], device=segments.device)
     is_start = torch.nn.functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
-    starts = (index * is_start).cummax(dim=1).values
-    return index - starts
+    starts = index * is_start
+    if torch.compiler.is_exporting():  # ONNX has no running maximum
+        return index - torch.where(index[:, None] >= index, starts[:, None], 0).amax(dim=2)
+    return index - starts.cummax(dim=1).values
 
 
 def segment_mask(segments: Tensor, *, causal: bool = True) -> Tensor:

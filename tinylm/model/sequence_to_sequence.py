@@ -93,6 +93,10 @@ class SequenceToSequence(Model):
         With targets, the head runs only at positions whose target is not negative. `label_smoothing`: the fraction of the
         target probability that is spread uniformly over the vocabulary.
         """
+        if targets is not None:
+            tokens, targets, segments, source, source_segments = _rows_with_targets(
+                tokens, targets, segments, source, source_segments
+            )
         hidden = self.hidden(tokens, segments=segments, source=source, source_segments=source_segments)
         if targets is None:
             return self.logits(hidden)
@@ -114,3 +118,19 @@ class SequenceToSequence(Model):
             problem = f"a model with the {self.architecture} architecture needs a source text"
             raise InputError(problem, hint="use `tinylm translate`")
         return source
+
+
+def _rows_with_targets(
+    tokens: Tensor, targets: Tensor, segments: Tensor | None, source: Tensor | None, source_segments: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Drop the rows without targets. If there are none with targets, return the first row with its padding unmasked, because
+    attention to an empty source is undefined."""
+    used = (targets >= 0).any(dim=1)
+    if bool(used.all()):
+        return tokens, targets, segments, source, source_segments
+    rows = used.nonzero().squeeze(1)
+    if not len(rows):
+        first = slice(0, 1)
+        return tokens[first], targets[first], None, None if source is None else source[first], None
+    segments, source, source_segments = (None if each is None else each[rows] for each in (segments, source, source_segments))
+    return tokens[rows], targets[rows], segments, source, source_segments

@@ -8,7 +8,7 @@ Legend: `B` active rows, `T` time, `V` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -64,6 +64,21 @@ class TokenChooser:
     """(steps, B): the ids that the function writes."""
 
 
+@dataclass(frozen=True)
+class DeviceSampler:
+    """Chooses a token for each row on the model's device. It never reads a value on the host, so a CUDA graph can capture it."""
+
+    key: Hashable
+    """Samplers with equal keys choose the same tokens."""
+    choose: Callable[[Tensor, Tensor], Tensor]
+    """Logits (B, V) and one random number in [0, 1) per row (B,), in float64 -> ids (B,)."""
+
+    def __call__(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """Return ids (B,): -1 in rows whose logits contain NaN or infinity or are all minus infinity, else those of `choose`."""
+        usable = logits.amax(dim=-1).isfinite()
+        return self.choose(logits, uniforms).masked_fill(~usable, -1)
+
+
 State = TypeVar("State", bound=DecodingState)
 _RunState = TypeVar("_RunState", bound=DecodingState, contravariant=True)
 
@@ -108,4 +123,19 @@ class RunsAhead(Protocol[_RunState]):
         """Choose and append tokens until `chooser.chosen` is full or a logit is not finite. Return the number of steps.
 
         `chooser.logits` contains the logits before the first step, and afterwards those after the last step.
+        """
+
+
+@runtime_checkable
+class SamplesOnDevice(Protocol[_RunState]):
+    """A `DecodingModel` that can also choose tokens on its device. The host then reads them while the device computes."""
+
+    samples_on_device: bool
+    """Whether this is faster than choosing tokens on the host."""
+
+    def sample_and_step(self, state: _RunState, logits: Tensor, sampler: DeviceSampler, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose tokens (B,) from logits (B, V) and append them. Return the tokens and the next-token logits (B, V).
+
+        `uniforms` (B,) contains the random numbers, on the host. A token of -1 means that the row's logits were not usable; token 0
+        is then appended. Does not wait for the device. Call this method in inference mode. No row may be full.
         """

@@ -13,9 +13,9 @@ TILE, PANEL = 64, 32
 """Outputs per tile and per panel."""
 ROW_BLOCK = 8
 """Maximum number of rows multiplied at once. The workspace is allocated for a multiple of this number."""
-STORE, ADD, GELU, RELU, RELU2, SWIGLU, SOFTCAP = range(7)
-"""Epilogues of a matrix product: store the result, add it to the destination, apply GELU, ReLU or squared ReLU to it, multiply it
-by the SiLU of the destination, or soft-cap it."""
+STORE, ADD, GELU, RELU, RELU2, SILU, SWIGLU, SOFTCAP = range(8)
+"""Epilogues of a matrix product: store the result, add it to the destination, apply GELU, ReLU, squared ReLU or SiLU to it,
+multiply it by the SiLU of the destination, or soft-cap it."""
 QKV, ATTENTION_OUTPUT, GATE, UP, DOWN = range(5)
 MATRICES_PER_LAYER = 5
 """Indices of a layer's matrices. GATE has no outputs unless the activation is SwiGLU. The head and the n-gram projection are stored

@@ -14,17 +14,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from torch.utils.checkpoint import checkpoint
 
 from tinylm.cost.memory import loss_chunk_rows
 from tinylm.model import block_mask
 from tinylm.model.base import Model
-from tinylm.model.block_mask import segment_block_mask
+from tinylm.model.block_mask import flex, segment_block_mask
 from tinylm.model.cache import CacheRows
 from tinylm.model.functions import Dropout, Teacher, summed_cross_entropy
 from tinylm.model.hooks import HookPoint, has_functions
 from tinylm.model.initialization import initialize
-from tinylm.model.layers import Attention, Block, FeedForward, ForwardContext, Memory, Rotation, make_norm
+from tinylm.model.layers import Attention, Block, Blocks, FeedForward, ForwardContext, Memory, Rotation, make_norm
 from tinylm.model.ngrams import NgramEmbedding
 from tinylm.model.positions import positions_in_segments, rope_table, segment_mask, sinusoidal_table
 from tinylm.recipe.schema import DecoderSection, ModelVariant, TransformerSection
@@ -64,9 +63,8 @@ class Transformer(Model):
         self.hook_pos_embed = HookPoint() if model.position in ("learned", "sinusoidal") else None
         self.embedding_norm = make_norm(model, model.n_embd) if model.embedding_norm else None
         self.dropout = Dropout(model.dropout)
-        self.blocks = nn.ModuleList(
-            Block(model, layer, vocab_size, cross_attention=self.cross_attention) for layer in range(model.n_layer)
-        )
+        blocks = (Block(model, layer, vocab_size, cross_attention=self.cross_attention) for layer in range(model.n_layer))
+        self.blocks = Blocks(blocks, value_residual=model.value_residual, uses_dropout=model.uses_dropout)
         self.final_norm = make_norm(model, model.n_embd) if model.norm_position != "post" else None
         self.hook_final_norm = HookPoint() if self.final_norm is not None else None
         self._add_modules(model)
@@ -188,18 +186,7 @@ class Transformer(Model):
             self.causal,
             memory,
         )
-        first_values: Tensor | None = None
-        for number, block in enumerate(self.blocks, 1):
-            if n_last is not None and number == len(self.blocks):
-                x, values = block(x, context, first_values, n_last=n_last)  # (B, n_last, C)
-            elif self.recompute and torch.is_grad_enabled():
-                x, values = checkpoint(
-                    block, x, context, first_values, use_reentrant=False, preserve_rng_state=self.model.uses_dropout
-                )
-            else:
-                x, values = block(x, context, first_values)
-            if first_values is None and self.model.value_residual:
-                first_values = values
+        x = self.blocks(x, context, n_last=n_last, recompute=self.recompute)
         if cache is not None:
             cache.advance(tokens.shape[1])
         if self.final_norm is not None and self.hook_final_norm is not None:
@@ -209,7 +196,8 @@ class Transformer(Model):
     def _uses_block_mask(self, cache: CacheRows | None, n_last: int | None) -> bool:
         """Whether to use compiled FlexAttention for the segment mask. It is supported only in training steps."""
         training_step = torch.is_grad_enabled() and cache is None and n_last is None and self.compile_loss
-        return training_step and block_mask.is_supported(self.model, self.device) and not has_functions(self)
+        supported = flex.enabled and block_mask.is_supported(self.model, self.device)
+        return training_step and supported and not has_functions(self)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V), soft-capped if `logit_softcap` is set (Gemma 2, section 2)."""
@@ -273,6 +261,9 @@ class Transformer(Model):
 
     def compile_units(self) -> Sequence[nn.Module]:
         return list(self.blocks)
+
+    def compile_stacks(self) -> Sequence[nn.Module]:
+        return [self.blocks]
 
     def lr_multipliers(self) -> dict[str, float]:
         return {} if self.ngrams is None else {"ngrams.table.weight": NGRAM_LR_MULTIPLIER}

@@ -23,9 +23,10 @@ from tinylm.recipe import Recipe
 from tinylm.reporting import SILENT, Reporter
 from tinylm.training.distillation import Teachers
 from tinylm.training.metrics import Observer
+from tinylm.training.mirror import mirrors, synchronize
 from tinylm.training.run_folder import locked_run_folder
 from tinylm.training.signals import StopRequest
-from tinylm.training.tracking import Tracker, trackers
+from tinylm.training.tracking import trackers
 from tinylm.training.trainer import Trainer
 
 
@@ -105,7 +106,8 @@ def train(
         target = processes.run_on_all(lambda: processes.device(target))
         callbacks = Callbacks(reporter, observer or Observer()) if processes.is_main else Callbacks(SILENT, Observer())
         processes.run_on_main(lambda: stack.enter_context(locked_run_folder(folder, resume=resume, overwrite=overwrite)))
-        resume = resume and (folder / "recipe.yaml").exists()
+        processes.run_on_main(lambda: synchronize(recipe, folder, reporter, resume=resume, overwrite=overwrite))
+        resume = processes.run_on_main(lambda: resume and (folder / "recipe.yaml").exists())
         job = TrainingJob(recipe, folder, target, resume, overwrite, allow_change, threads, workers, stop_after)
         try:
             return _train(job, callbacks, processes)
@@ -118,8 +120,9 @@ def _train(job: TrainingJob, callbacks: Callbacks, processes: Processes) -> Trai
     reporter = callbacks.reporter
     if job.resume:
         job = merge_recipe(job, processes, reporter)
-    tracked: list[Tracker] = []
-    processes.run_on_main(lambda: tracked.extend(trackers(job.recipe, job.folder, callbacks.observer.note)))
+    monitors: list[Observer] = []
+    processes.run_on_main(lambda: monitors.extend(trackers(job.recipe, job.folder, callbacks.observer.note)))
+    processes.run_on_main(lambda: monitors.extend(mirrors(job.recipe, job.folder, callbacks.observer.note)))
     pretrained = open_pretrained(job, processes, reporter)
     teachers = processes.run_on_all(lambda: Teachers.open(job.recipe, job.folder))
     data = prepare_data(job, processes, reporter)
@@ -133,18 +136,18 @@ def _train(job: TrainingJob, callbacks: Callbacks, processes: Processes) -> Trai
     network = build_network(job, data, pretrained, fresh=checkpoint is None, processes=processes, reporter=reporter)
     settings = resolve_settings(job, network, data, processes, reporter)
     job = replace(job, recipe=settings.recipe)
-    network.compile_loss = settings.recipe.training.compile is True
+    network.compile_loss = settings.recipe.training.compile is not False
     foreign = foreign_code(network)  # before parallelization, which changes the classes of modules
     components = build_components(job, network, settings.precision, processes)
     state = None if checkpoint is None else restore_checkpoint(checkpoint, job, components, reporter)
     if state is not None:
         processes.run_on_main(lambda: announce_lr_change(job, data, state, reporter))
-    report_parallelism(job, components.parallel, reporter)
+    report_parallelism(job, components, reporter)
     processes.run_on_main(lambda: write_run_folder(job, data, components, state, foreign, training_texts))
     if state is None and data.objective.metrics[0] is LOSS:
         vocab_size = data.vocab_size
         reporter.note(f"uniform guessing among {vocab_size:,} tokens has a loss of {math.log(vocab_size):.2f} (ln {vocab_size:,})")
-    monitors = [*tracked, *speed_monitors(job, data, callbacks, processes)]
+    monitors += speed_monitors(job, data, callbacks, processes)
     with observers(job, int(state["step"]) if state else 0, callbacks.observer, monitors, processes) as observer:
         trainer = build_trainer(job, data, components, observer)
         if state is not None:

@@ -56,7 +56,7 @@ def build_components(job: TrainingJob, network: Model, precision: Precision, pro
     if network.model.learns_by_counting:
         state = cast(Optimizers, CountState(network.vocab_size, cast(Any, network.model).order))
         return Components(Parallel(network, "none", processes, precision), state, precision, checkpoints)
-    strategy = parallel.resolve(job.recipe.training.parallel, job.recipe, network.vocab_size, job.device, processes)
+    strategy = parallel.resolve(job.recipe, network.vocab_size, job.device, processes)
     if strategy == "fsdp" and lora.has_trained_rows(network):
         raise InputError("fsdp does not support LoRA on conversations", where="training.parallel", hint="use ddp")
     parallelized = Parallel(network, strategy, processes, precision)
@@ -66,7 +66,12 @@ def build_components(job: TrainingJob, network: Model, precision: Precision, pro
     return Components(parallelized, optimizers, precision, checkpoints)
 
 
-def report_parallelism(job: TrainingJob, parallelized: Parallel, reporter: Reporter) -> None:
+def report_parallelism(job: TrainingJob, components: Components, reporter: Reporter) -> None:
+    parallelized = components.parallel
+    if components.checkpoints.transfer.needed:
+        reporter.note("the machines do not share the run folder, so checkpoints are sent over the network")
+        if job.recipe.checkpoint.mirror is None:
+            reporter.warn("if another machine becomes the main one, the run starts from scratch; set checkpoint.mirror")
     training, world_size = job.recipe.training, parallelized.processes.world_size
     if world_size > 1 and parallelized.network.model.learns_by_counting:
         reporter.note(f"{world_size} processes; each counts the whole text")

@@ -141,13 +141,15 @@ def find_checkpoint(job: TrainingJob, data: TrainingData, processes: Processes, 
 
 def restore_checkpoint(checkpoint: Checkpoint, job: TrainingJob, components: Components, reporter: Reporter) -> dict[str, Any]:
     """Restore the weights and optimizer state, discard later checkpoints, and return the checkpoint's state."""
-    before, name = Run(job.folder).recipe.training.optimizer.name, job.recipe.training.optimizer.name
+    parallelized, name = components.parallel, job.recipe.training.optimizer.name
+    before = parallelized.processes.run_on_main(lambda: Run(job.folder).recipe.training.optimizer.name)
     if before != name:
         reporter.warn(f"the optimizer changed from {before} to {name}; its state is reset")
-    parallelized = components.parallel
-    if parallelized.network.model.learns_by_counting:  # its size depends on the text
-        load_weights(parallelized.network, checkpoint)
-    state = restore(checkpoint, parallelized.network, components.optimizers, parallelized.processes, load_optimizer=before == name)
+    network, optimizers, processes = parallelized.network, components.optimizers, parallelized.processes
+    with components.checkpoints.transfer.distributed(checkpoint.path):
+        if network.model.learns_by_counting:  # its size depends on the text
+            load_weights(network, checkpoint)
+        state = restore(checkpoint, network, optimizers, processes, load_optimizer=before == name)
     if not components.checkpoints.discard_after(checkpoint, state["best_step"]):
         state.update(best_step=0)
     reporter.note(f"resuming after step {checkpoint.step}")

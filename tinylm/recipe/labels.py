@@ -95,9 +95,10 @@ class ClassificationObjective(ObjectiveVariant):
     """The vector that represents a text: the hidden state of the first token (`cls`), of the last token (`last`), or the mean over
     all tokens (`mean`). `auto` means `cls` for an encoder and `last` for other models, where only the last position depends on the
     whole text."""
-    pooler: Literal["tanh", "relu", "none"] = "tanh"
-    """The activation of a linear layer between this vector and the output layer: `tanh` as in BERT, `relu` as in DistilBERT, or
-    `none` to omit this layer."""
+    pooler: Literal["tanh", "relu", "gelu_norm", "none"] = "tanh"
+    """The activation of a linear layer between this vector and the output layer: `tanh` as in BERT, `relu` as in DistilBERT,
+    `gelu_norm` as in ModernBERT (GELU, followed by a norm), or `none` to omit this layer. With `gelu_norm`, `model.bias` sets
+    whether the layer has a bias."""
     label_smoothing: ShareBelowOne = 0.0
     """The share of the target probability that is spread uniformly over all labels."""
     token_dropout: ShareBelowOne = 0.0

@@ -98,6 +98,10 @@ class PairsSection(DataVariant):
     """What to do with repeated training pairs."""
     overlap: Literal["drop", "keep"] = "drop"
     """What to do with held-out and test pairs whose source sentence also occurs in the training pairs."""
+    batch_tokens: OptionalWidth = None
+    """Maximum number of source and target tokens in a batch, including padding. A batch of short sentences then contains more pairs
+    than one of long sentences, but at most `training.global_batch_size`. `null` means `training.global_batch_size` pairs in every
+    batch."""
     vocabulary: Literal["shared", "separate"] = "shared"
     """`shared`: learn one tokenizer from both sides. `separate`: learn one tokenizer per side."""
     errors: Literal["strict", "replace"] = "strict"

@@ -41,15 +41,16 @@ from tinylm.recipe.values import (
     Betas,
     Characters,
     ClipNorm,
+    CompileMode,
     ContextLength,
     Count,
     CountOrZero,
     Epsilon,
     Flag,
-    FlagOrAuto,
     Interval,
     LearningRate,
     Megabytes,
+    MirrorUrl,
     Normalizations,
     NotNegative,
     OpenShare,
@@ -569,8 +570,11 @@ class TrainingSection(Section):
     ema: OptionalShareBelowOne = None
     """Decay of an exponential moving average of the weights, such as 0.999. Evaluations, samples and the saved model then use the
     averages. In step `t`, the decay is at most `(1 + t) / (10 + t)`. `null` means no average."""
-    compile: FlagOrAuto = "auto"
-    """Compile the blocks with torch.compile. `auto` compiles them if that saves more time than the compilation takes."""
+    compile: CompileMode = "auto"
+    """Compile the model with torch.compile. `on` compiles each block. `model` compiles all blocks together, which takes longer.
+    `graph` compiles each block and runs a micro-batch's forward and backward pass as one CUDA graph, for small models on a GPU.
+    `auto` compiles if that saves more time than it takes, unless batches differ in length, as with sentence pairs. In long runs on
+    a GPU, it tries `on` and `model` and keeps the faster."""
     activation_checkpointing: Flag = False
     """Save only the input of each block and recompute the rest in the backward pass. This saves memory but takes more time."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
@@ -629,6 +633,9 @@ class CheckpointSection(Section):
     on_failure: Literal["stop", "continue"] = "stop"
     """What to do if a checkpoint cannot be written, for example because the disk is full: stop training, or continue with a
     warning and try again at the next checkpoint."""
+    mirror: MirrorUrl = None
+    """URL of a folder, such as `s3://bucket/runs`, to which the run folder is copied after each checkpoint. `tinylm train --resume`
+    downloads the copy if the run folder does not exist or is older. `null` means no copy."""
 
 
 class SamplingSection(Section):

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import PlainValidator
 
+from tinylm.paths import is_url
 from tinylm.recipe.template import template_problem
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -215,6 +216,10 @@ def _path(value: object) -> object:
 _MAX_NAME_BYTES = 200
 
 
+def _url(value: object) -> object:
+    return value if isinstance(value, str) and is_url(value) else _INVALID
+
+
 def _run_name(value: object) -> object:
     if not isinstance(value, str):
         raise ValueError(f"must be text, not {show(value)}")
@@ -343,7 +348,10 @@ OptionalShareBelowOne = Annotated[
     _validated(_or_word(lambda v: _INVALID if v == 1 else _real(0.0, 1.0)(v), None), "a share of at least 0 and below 1, or null"),
 ]
 Flag = Annotated[bool, _validated(_flag, "true or false")]
-FlagOrAuto = Annotated[bool | Literal["auto"], _validated(_or_word(_flag, "auto"), "true, false or auto")]
+CompileMode = Annotated[
+    bool | Literal["auto", "model", "graph"],
+    _validated(_or_word(_flag, "auto", "model", "graph"), "true, false, model, graph or auto"),
+]
 ClipNorm = Annotated[float | None, _validated(_clip, "a number above 0, or off")]
 Warmup = Annotated[int | float, _validated(_warmup, "a number of steps, or a share below 1 of the training run")]
 Interval = Annotated[int | float, _validated(_interval, "a whole number of at least 1, or a share below 1 of the training run")]
@@ -364,6 +372,7 @@ ClassWeights = Annotated[
 Betas = Annotated[tuple[float, float], _validated(_betas, "two numbers of at least 0 and below 1, like [0.9, 0.95]")]
 RequiredPath = Annotated[str, _validated(_path, "a path")]
 OptionalPath = Annotated[str | None, _validated(_or_word(_path, None), "a path, or null")]
+MirrorUrl = Annotated[str | None, _validated(_or_word(_url, None), "a URL like s3://bucket/runs, or null")]
 RunName = Annotated[
     str, _validated(_run_name, "the name of a folder: printable characters without / or a leading dot, and at most 200 bytes")
 ]

@@ -31,12 +31,12 @@ from tinylm.sweep.runner import Outcome, Sweep
 COMPUTE_FACTOR = 4
 """By default, the prediction is for this multiple of the compute of the largest run."""
 OVERFITTING = 1.01
-"""A run is left out if its loss is more than this factor above that of a shorter run of the same size."""
+"""A run is left out if its loss is above this factor times that of a shorter run of the same size."""
 PREDICTED_FILE, RESULT_FILE = "predicted.yaml", "result.json"
 _FINE_SIZES = 200
 _FREE_KEYS = ("name", "seed", *FIXED_KEYS, "evaluation.every", "tracking")
 _FREE_SECTIONS = ("checkpoint.", "sampling.")
-"""Recipe keys that do not change the loss in a way that the law does not describe."""
+"""Recipe keys that may differ from the experiment's. They do not affect the loss, or the law accounts for their effect."""
 _SAME_SECTIONS = ("data.", "tokenizer.", "evaluation.")
 """Losses are comparable only if these sections are the same, apart from `_FREE_KEYS`."""
 
@@ -166,7 +166,7 @@ def analyze(
 
 
 def rows_of(grid: Grid, outcomes: Sequence[Outcome]) -> tuple[Row, ...]:
-    """Return one row for each run, smallest size and shortest run first, and leave out the runs that the law cannot describe."""
+    """Return one row for each run, in the order of the grid, and mark the runs that the law cannot describe as left out."""
     found = {outcome.name: outcome for outcome in outcomes}
     rows: list[Row] = []
     for cell in grid.cells:
@@ -187,7 +187,7 @@ def _row(cell: Cell, outcome: Outcome | None, shorter: Sequence[Row], vocab_size
     if result.get("stopped") != "done":
         return replace(row, left_out="stopped early")
     if loss is None or not math.isfinite(loss) or loss >= math.log(vocab_size):
-        return replace(row, left_out="diverged: the loss is not below that of guessing")
+        return replace(row, left_out="diverged: the loss is not below that of uniform guessing")
     losses = [other.val_loss for other in shorter if other.left_out is None and other.val_loss is not None]
     if losses and loss > OVERFITTING * min(losses):
         return replace(row, left_out=f"overfitted or diverged: a shorter run has a loss of {min(losses):.4f}")
@@ -205,13 +205,13 @@ def fit_rows(folder: Path, grid: Grid, rows: Sequence[Row], *, seed: int = 0) ->
     )
     if points.problem is not None:
         reasons = "; ".join(f"{row.cell.training.name}: {row.left_out}" for row in rows if row.left_out is not None)
-        hint = "run the same command again if runs are not finished, or choose a longer text, more time or another --out"
+        hint = "if runs are not finished, run the same command again; otherwise, use a longer text or more time, with another --out"
         raise WorkError(f"{points.problem}. Left out: {reasons}", where=str(folder), hint=hint)
     return fit(points, seed=seed)
 
 
 def load_fit(folder: Path) -> Fit:
-    """Return the fit of a finished experiment, which `analyze` saved. Raises `InputError` if there is none."""
+    """Fit the law again to the runs of a finished experiment. Raises `InputError` if the experiment is not finished."""
     file = folder / RESULT_FILE
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
@@ -282,7 +282,7 @@ def _fits_in_memory(grid: Grid, base: Recipe, size: tuple[int, int]) -> bool:
 
 
 def _predicted_recipe(grid: Grid, base: Recipe, prediction: Prediction) -> str:
-    """Return the YAML of the larger run. It is evaluated on the same held-out tokens as the experiment's runs."""
+    """Return the recipe of the larger run as YAML. It is evaluated on the same held-out tokens as the experiment's runs."""
     recipe = resized(base, prediction.n_layer, prediction.n_embd, prediction.steps)
     often = {"every": 1 / EVALUATIONS}
     recipe = recipe.model_copy(
@@ -316,7 +316,9 @@ def check(folder: Path, run: Run) -> Check:
     where = str(run.path)
     if incomparable := [key for key in differing if key.startswith(_SAME_SECTIONS)]:
         hint = f"train the recipe in {folder / PREDICTED_FILE}"
-        raise InputError(f"its loss cannot be compared, because {', '.join(incomparable)} differs", where=where, hint=hint)
+        raise InputError(
+            f"the loss is not comparable, because the run has a different {', '.join(incomparable)}", where=where, hint=hint
+        )
     evaluations = [line for line in run.metrics() if line["kind"] == "eval"]
     steps = run.recipe.training.steps
     if not evaluations or (steps is not None and evaluations[-1]["step"] < steps):

@@ -3,8 +3,8 @@
     DIR/grid.json    the arguments of the experiment and its runs
     DIR/base.yaml    the recipe of all runs, apart from their size and length
 
-The runs share everything but size and length: text, tokenizer, batch size, learning rates and dropout. Each run has its own
-learning-rate schedule, which ends with the run. Losses in the middle of a longer run would be too high (Hoffmann et al. 2022).
+The runs differ only in size and length. They share the text, tokenizer, batch size, learning rates and dropout. Each run has its
+own learning-rate schedule, which ends with the run: losses in the middle of a longer run would be too high (Hoffmann et al. 2022).
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ SIZE_KEYS = ("model.n_layer", "model.n_head", "model.n_embd")
 FIXED_KEYS = (*SIZE_KEYS, *(f"training.{key}" for key in LENGTHS))
 """Recipe keys that the grid sets."""
 GRID_FILE, BASE_FILE = "grid.json", "base.yaml"
+_ARGUMENTS = {"source": "SOURCE", "minutes": "--minutes", "overrides": "--set", "accelerator": "--hardware"}
+"""The command-line argument of each field of `Request`."""
 _RUN_SETTINGS = {"evaluation.every": "1000000", "checkpoint.every": "0.5", "checkpoint.keep": "0", "sampling.every": "null"}
 """Evaluate only at the end of each run, on the same held-out tokens."""
 
@@ -127,7 +129,9 @@ def open_grid(folder: Path) -> tuple[Grid, Recipe]:
         grid = Grid(request=Request(**request), cells=cells, **stored)
     except FileNotFoundError:
         raise InputError(
-            "no scaling experiment", where=str(folder), hint="`tinylm scale SOURCE` runs one; --out selects its folder"
+            "the folder does not contain a scaling experiment",
+            where=str(folder),
+            hint="select its folder with --out, or run one with `tinylm scale SOURCE`",
         ) from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"cannot be read: {error}", where=str(file), hint="choose another folder with --out") from None
@@ -144,7 +148,7 @@ def open_or_plan(folder: Path, request: Request, *, processor: Processor | None 
         if grid.request != request:
             different = next(key for key in asdict(request) if getattr(grid.request, key) != getattr(request, key))
             raise InputError(
-                f"the folder contains a scaling experiment with other {different}",
+                f"the folder contains a scaling experiment with a different {_ARGUMENTS[different]}",
                 where=str(folder),
                 hint="choose another folder with --out",
             )
@@ -156,7 +160,7 @@ def open_or_plan(folder: Path, request: Request, *, processor: Processor | None 
 
 
 def store(folder: Path, grid: Grid, base: Recipe) -> None:
-    """Write the recipe and then the grid, so that a folder with a grid is complete."""
+    """Write the recipe, and the grid last, so that a folder that contains a grid is complete."""
     atomic_write_text(folder / BASE_FILE, base.to_yaml())
     atomic_write_text(folder / GRID_FILE, json.dumps(asdict(grid), ensure_ascii=False, indent=1) + "\n")
 
@@ -172,7 +176,7 @@ def plan_grid(request: Request, *, processor: Processor | None = None, reporter:
         if not equals:
             raise InputError("must have the form KEY=VALUE", where=f"--set {setting}")
         if key.strip() in FIXED_KEYS:
-            raise InputError("the sizes and training lengths are chosen by the experiment", where=f"--set {setting}")
+            raise InputError("`tinylm scale` chooses the sizes and training lengths", where=f"--set {setting}", hint="omit it")
     budget = Budget(request.minutes, request.accelerator, processor=processor)
     suggestion = suggest_recipe(DataSection(train=request.source), budget, name="scale", sizes=FAMILY, reporter=reporter)
     base = loads(suggestion.yaml, request.overrides)
@@ -192,7 +196,7 @@ def plan_grid(request: Request, *, processor: Processor | None = None, reporter:
 
 
 def max_tokens(parameters: float, unique_tokens: int) -> float:
-    """Return how long a run may be without overfitting, which the law does not describe. `tinylm new` has the same limits."""
+    """Return the number of tokens above which a run would overfit, which the law does not describe, as in `tinylm new`."""
     return min(MAX_EPOCHS * unique_tokens, MAX_MEMORIZATION * unique_tokens**2 / parameters)
 
 
@@ -241,7 +245,7 @@ class _Planner:
 
     @staticmethod
     def _shapes(largest: int) -> Iterator[tuple[Sequence[tuple[int, int]], int]]:
-        """Yield sizes and a number of lengths, preferred first: a full grid, unless only much smaller models allow it."""
+        """Yield pairs of sizes and a number of lengths, preferred first: full grids with the largest sizes, then smaller grids."""
         (full, full_lengths), (small, small_lengths) = SHAPES
         for top in range(largest, max(largest - 2, full - 2), -1):
             yield FAMILY[top + 1 - full : top + 1], full_lengths

@@ -59,7 +59,7 @@ class Points:
 
     @property
     def problem(self) -> str | None:
-        """Why the runs do not determine the law, or None if they do."""
+        """Why there are not enough runs to determine the law, or None if there are."""
         sizes, lengths = (len(set(values.tolist())) for values in (self.parameters, self.tokens))
         if len(self.losses) >= MIN_RUNS and min(sizes, lengths) >= MIN_DISTINCT:
             return None

@@ -50,7 +50,7 @@ class Outcome:
     """A hash of the recipe."""
     result: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
-    """The error message if training failed."""
+    """The error message, or None if training did not fail."""
     pruned: bool = False
     """Whether the run was stopped early because it was worse than the others."""
 

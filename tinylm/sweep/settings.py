@@ -79,9 +79,9 @@ def parse_range(setting: str) -> Range:
         hint = "for example training.optimizer.lr=1e-3..1e-1:log"
         raise InputError("must have the form KEY=LOW..HIGH or KEY=LOW..HIGH:log", where=where, hint=hint) from None
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise InputError("the first number must be less than the second", where=where)
+        raise InputError("the first bound must be less than the second", where=where)
     if match["log"] and low <= 0:
-        raise InputError("a logarithmic range must be above 0", where=where)
+        raise InputError("the bounds of a logarithmic range must be above 0", where=where)
     whole = all(re.fullmatch(r"[+-]?\d+", match[end].strip()) for end in ("low", "high"))
     return Range(key.strip(), low, high, bool(match["log"]), whole)
 

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import sys
 import sysconfig
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tinylm.errors import InputError, did_you_mean
 from tinylm.paths import cache_folder, cached_file
 
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_STATEMENTS = (ast.stmt, ast.excepthandler, ast.match_case)
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
 _FORMAT = 1
 """Version of the cached files. Increase it when their contents change."""
@@ -82,11 +84,20 @@ def _docstrings(path: Path) -> Iterator[str]:
         tree = ast.parse(path.read_bytes())
     except SyntaxError:
         return  # for example, the Python 2 files in lib2to3
-    nodes = [node for node in ast.walk(tree) if isinstance(node, _DOCUMENTED)]
+    nodes = [node for node in _statements(tree) if isinstance(node, _DOCUMENTED)]
     for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
         text = ast.get_docstring(node)
         if text and text.strip():
             yield text.strip()
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """Yield the module and all statements in it, breadth-first. Unlike `ast.walk`, skip the many nodes inside expressions."""
+    pending = deque[ast.AST]([tree])
+    while pending:
+        node = pending.popleft()
+        yield node
+        pending.extend(child for child in ast.iter_child_nodes(node) if isinstance(child, _STATEMENTS))
 
 
 def python_docstrings() -> Iterator[tuple[str, str]]:

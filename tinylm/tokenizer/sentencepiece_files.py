@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ SPACE = "\u2581"
 """The character that stands for a space in the tokens."""
 _UNIGRAM, _BPE = 1, 2
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+_UNUSED_PREFIX = "\0"
+"""Makes a token unusable for encoding, because normalized texts do not contain this character."""
 _NEVER = -1e6
 """The score of tokens that no text is encoded to, so that the unigram model never chooses them."""
 
@@ -37,6 +39,36 @@ def read(file: str, end_of_text: str) -> tokenizers.Tokenizer:
         return _build(proto, end_of_text)
     except InputError as error:
         raise InputError(error.message, where=file, hint=error.hint) from None
+
+
+def read_with_ids(file: str, ids: Mapping[str, int], control: Sequence[str], *, encodes_only: bool) -> tokenizers.Tokenizer:
+    """Read a unigram model for a vocabulary that assigns other ids to its pieces, and can contain other tokens.
+
+    `ids` must contain the ids 0, 1, 2, ..., and `control` lists its control tokens. No text is encoded to a token that the model
+    does not have, except for single characters. With `encodes_only`, such tokens are also not decoded. A piece that the vocabulary
+    does not have is divided into smaller ones. Raises `InputError` as `read` does.
+    """
+    if not Path(file).is_file():
+        raise InputError("no such tokenizer file", where=file)
+    proto = _parse(file)
+    try:
+        _check_supported(proto)
+        if proto.trainer_spec.model_type != _UNIGRAM:
+            raise InputError("only unigram models are supported here")
+        unknown = next(piece.piece for piece in proto.pieces if piece.type == _UNKNOWN)
+        if unknown not in ids:
+            raise InputError(f"the vocabulary has no token {unknown!r}")
+    except InputError as error:
+        raise InputError(error.message, where=file, hint=error.hint) from None
+    scores = dict(_unigram_scores(proto.pieces))
+    entries = []
+    for token in sorted(ids, key=ids.__getitem__):
+        unusable = encodes_only and token not in scores and token not in control and len(token) > 1
+        entries.append((_UNUSED_PREFIX + token if unusable else token, scores.get(token, _NEVER)))
+    backend = tokenizers.Tokenizer(models.Unigram(entries, unk_id=ids[unknown], byte_fallback=False))
+    _add_steps(backend, proto, byte_fallback=False)
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    return backend
 
 
 def _parse(file: str) -> Any:
@@ -57,10 +89,24 @@ def _parse(file: str) -> Any:
 
 
 def _build(proto: Any, end_of_text: str) -> tokenizers.Tokenizer:
-    trainer, normalizer, pieces = proto.trainer_spec, proto.normalizer_spec, proto.pieces
+    trainer, pieces = proto.trainer_spec, proto.pieces
+    unknown = _check_supported(proto)
+    byte_fallback = any(piece.type == _BYTE for piece in pieces)
+    backend = tokenizers.Tokenizer((_unigram if trainer.model_type == _UNIGRAM else _bpe)(pieces, unknown, byte_fallback))
+    _add_steps(backend, proto, byte_fallback)
+    _add_user_defined(backend, proto)
+    control = [piece.piece for piece in pieces if piece.type in (_CONTROL, _UNKNOWN)]
+    missing = [] if {"</s>", end_of_text} & set(control) else [end_of_text]
+    backend.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in [*control, *missing]])
+    return backend
+
+
+def _check_supported(proto: Any) -> int:
+    """Return the id of the unknown piece. Raises `InputError` if a tokenizer.json cannot express the model."""
+    trainer, pieces = proto.trainer_spec, proto.pieces
     if trainer.model_type not in (_UNIGRAM, _BPE):
         raise InputError("only models of the types unigram and bpe are supported", hint="use kind: word or kind: char")
-    if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
+    if trainer.treat_whitespace_as_suffix or not proto.normalizer_spec.escape_whitespaces:
         option = "treat_whitespace_as_suffix" if trainer.treat_whitespace_as_suffix else "escape_whitespaces: false"
         raise InputError(f"{option} is not supported")
     if any(piece.type == _UNUSED for piece in pieces):
@@ -68,17 +114,16 @@ def _build(proto: Any, end_of_text: str) -> tokenizers.Tokenizer:
     unknown = next((id for id, piece in enumerate(pieces) if piece.type == _UNKNOWN), None)
     if unknown is None:
         raise InputError("not a sentencepiece model: it has no unknown piece")
-    byte_fallback = any(piece.type == _BYTE for piece in pieces)
-    backend = tokenizers.Tokenizer((_unigram if trainer.model_type == _UNIGRAM else _bpe)(pieces, unknown, byte_fallback))
+    return unknown
+
+
+def _add_steps(backend: tokenizers.Tokenizer, proto: Any, byte_fallback: bool) -> None:
+    """Add the normalizer, the pre-tokenizer and the decoder."""
+    normalizer = proto.normalizer_spec
     backend.normalizer = _normalizer(normalizer)
-    backend.pre_tokenizer = _pretokenizer(pieces)
+    backend.pre_tokenizer = _pretokenizer(proto.pieces)
     steps = [decoders.Replace(SPACE, " "), *([decoders.ByteFallback()] if byte_fallback else []), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if normalizer.add_dummy_prefix else steps)
-    _add_user_defined(backend, proto)
-    control = [piece.piece for piece in pieces if piece.type in (_CONTROL, _UNKNOWN)]
-    missing = [] if {"</s>", end_of_text} & set(control) else [end_of_text]
-    backend.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in [*control, *missing]])
-    return backend
 
 
 def _add_user_defined(backend: tokenizers.Tokenizer, proto: Any) -> None:
@@ -106,6 +151,11 @@ def _add_user_defined(backend: tokenizers.Tokenizer, proto: Any) -> None:
 
 
 def _unigram(pieces: Any, unknown: int, byte_fallback: bool) -> models.Model:
+    return models.Unigram(_unigram_scores(pieces), unk_id=unknown, byte_fallback=byte_fallback)
+
+
+def _unigram_scores(pieces: Any) -> list[tuple[str, float]]:
+    """Return all pieces with their scores, in the order of their ids."""
     highest = max((piece.score for piece in pieces if piece.type == _NORMAL), default=0.0)
 
     def score(piece: Any) -> float:
@@ -113,7 +163,7 @@ def _unigram(pieces: Any, unknown: int, byte_fallback: bool) -> models.Model:
             return float(len(piece.piece.encode()) * highest - 0.1)
         return float(piece.score) if piece.type == _NORMAL else _NEVER
 
-    return models.Unigram([(piece.piece, score(piece)) for piece in pieces], unk_id=unknown, byte_fallback=byte_fallback)
+    return [(piece.piece, score(piece)) for piece in pieces]
 
 
 def _bpe(pieces: Any, unknown: int, byte_fallback: bool) -> models.Model:

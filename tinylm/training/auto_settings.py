@@ -21,7 +21,7 @@ from tinylm.processes import SINGLE_PROCESS, Processes
 from tinylm.recipe import Recipe
 from tinylm.recipe.schema import MuonOptimizer
 from tinylm.reporting import SILENT, Reporter
-from tinylm.training import compilation
+from tinylm.training import compilation, graphed, parallel
 from tinylm.training import precision as precisions
 from tinylm.training.compilation import Trial
 from tinylm.training.feed import Feed, LocalBatch
@@ -68,8 +68,7 @@ def resolve(
     resumed: bool = False,
     processes: Processes = SINGLE_PROCESS,
 ) -> ResolvedSettings:
-    """Choose a value for every `auto` setting, and compile the blocks of `network` if `training.compile` is set or resolved to
-    true.
+    """Choose a value for every `auto` setting, and compile `network` unless `training.compile` is set or resolved to false.
 
     With several processes, the main process chooses for all of them. If compilation fails, a new run whose recipe requires it
     raises `WorkError`. Other runs, including `resumed` ones, continue without compilation after a warning.
@@ -79,13 +78,28 @@ def resolve(
     chooser = _Chooser(recipe, network, batch, example_size(dataset), objective, budget, reporter, processes.world_size)
     chosen = processes.run_on_main(chooser.resolve)
     training = chosen.training
-    precision, compiled, seconds = Precision(training.precision, device), bool(training.compile), 0.0
+    precision, compiled, seconds = Precision(training.precision, device), training.compile, 0.0
+    if compiled == "model" and parallel.resolve(recipe, network.vocab_size, device, processes) == "fsdp":
+        reporter.note("compiling each block, because FSDP gathers the weights of one block at a time (training.compile)")
+        compiled = True
+    if compiled == "graph" and (reason := graphed.unsupported_reason(recipe, precision, processes.world_size)):
+        reporter.note(f"compiling each block without CUDA graphs (training.compile: graph): {reason}")
+        compiled = True
     if compiled:
         trial = Trial(network, batch, GradientSettings(int(training.micro_batch_size), precision, objective))
-        required = recipe.training.compile is True and not resumed
+        options = {
+            "required": recipe.training.compile != "auto" and not resumed,
+            "together": compiled == "model",
+            "dynamic": chooser.size is not None,
+        }
         main_reporter = reporter if processes.is_main else SILENT
-        seconds = processes.run_on_all(lambda: compilation.compile_units(network, trial, required=required, reporter=main_reporter))
-        compiled = not processes.any(seconds == 0)
+        seconds = processes.run_on_all(lambda: compilation.compile_units(network, trial, reporter=main_reporter, **options))
+        if processes.any(seconds == 0):
+            compiled = False
+        elif recipe.training.compile == "auto" and processes.world_size == 1 and chooser.may_compile_together(trial):
+            reporter.note("compiling all blocks together, to compare the speed; this takes some minutes (training.compile)")
+            faster, more_seconds = compilation.compile_together_if_faster(network, trial, reporter)
+            compiled, seconds = "model" if faster else True, seconds + more_seconds
     training = training.model_copy(update={"compile": compiled})
     return ResolvedSettings(chosen.model_copy(update={"training": training}), precision, seconds)
 
@@ -111,7 +125,7 @@ class _Chooser:
         return self.network.device
 
     def resolve(self) -> Recipe:
-        """Return the recipe without `auto`. If `training.compile` is true in the result, the caller should try to compile."""
+        """Return the recipe without `auto`. Unless `training.compile` is false in the result, the caller should try to compile."""
         training = self.recipe.training
         precision = precisions.resolve(training.precision, self.device, self.reporter)
         micro_batch_size = self._estimate_micro_batch(precision)
@@ -126,6 +140,7 @@ class _Chooser:
         compiled = training.compile
         if compiled == "auto":
             supported = True in self.recipe.model.training_values.get("compile", (True,))
+            supported = supported and self.size is None  # compiled code is specialized to one length
             available = supported and compilation.available_compiler(self.device) is not None
             compiled = available and self._compilation_pays_off(micro_batch_size, precision)
             if compiled:
@@ -139,6 +154,17 @@ class _Chooser:
         if isinstance(training.optimizer, MuonOptimizer):
             update["optimizer"] = resolve_muon(training.optimizer, self.device)
         return self.recipe.model_copy(update={"training": training.model_copy(update=update)})
+
+    def may_compile_together(self, trial: Trial) -> bool:
+        """Whether the run is so long that compiling all blocks together could pay off, given compiled blocks."""
+        if not self.network.compile_stacks() or self.device.type not in step_time.COMPILED_TOGETHER:
+            return False
+        step_seconds = self._step_seconds(trial.seconds(repeat=1), trial.settings.micro_batch_size)
+        seconds_left = self.budget.seconds(self.recipe.training.minutes)
+        return step_time.compiling_together_may_pay_off(step_seconds, seconds_left, self.budget.steps, self.device.type)
+
+    def _step_seconds(self, micro_batch_seconds: float, micro_batch_size: int) -> float:
+        return micro_batch_seconds * self.recipe.training.global_batch_size / micro_batch_size / self.world_size
 
     def _trial(self, micro_batch_size: int, precision: Precision) -> Trial:
         return Trial(self.network, self.batch, GradientSettings(micro_batch_size, precision, self.objective))
@@ -186,11 +212,10 @@ class _Chooser:
 
         If it does not pay off even for a slow first micro-batch, no others are run.
         """
-        training = self.recipe.training
-        seconds_left = self.budget.seconds(training.minutes)
+        seconds_left = self.budget.seconds(self.recipe.training.minutes)
 
         def pays_off(micro_batch_seconds: float) -> bool:
-            step_seconds = micro_batch_seconds * training.global_batch_size / micro_batch_size / self.world_size
+            step_seconds = self._step_seconds(micro_batch_seconds, micro_batch_size)
             return step_time.compilation_pays_off(step_seconds, seconds_left, self.budget.steps, self.device.type)
 
         warm_up_seconds = self._warm_up_seconds.get((micro_batch_size, precision.name))

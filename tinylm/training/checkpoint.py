@@ -42,6 +42,7 @@ from tinylm.paths import atomic_write_text, sync_folder
 from tinylm.processes import SINGLE_PROCESS, Processes
 from tinylm.reporting import Reporter
 from tinylm.run import FORMAT, OPTIMIZER_FILES, POINTERS, Checkpoint, Run, drop_optimizer_state, write_manifest
+from tinylm.training.file_transfer import FileTransfer
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,15 @@ class CheckpointWriter:
     """Writes the checkpoints of one run and removes old ones. All processes must call the same methods in the same order."""
 
     def __init__(self, run_folder: Path, keep: int, processes: Processes = SINGLE_PROCESS) -> None:
+        """Create a writer. `run_folder` must exist in the main process."""
         self.run = Run(run_folder)
         self.folder = run_folder / "checkpoints"
         self._keep = keep
         self._is_main = processes.is_main
         self._processes = processes.new_group()
+        self.transfer = FileTransfer.detect(run_folder, processes)
+        """Copies checkpoints to machines that do not share the run folder."""
+        self._saved_parts = self.transfer.with_processes(self._processes)
         self._pending: Future[Checkpoint] | None = None
 
     def prepare(self) -> None:
@@ -113,7 +118,9 @@ class CheckpointWriter:
         try:
             with _translate_write_errors(f"the checkpoint for step {step} could not be saved", self.folder):
                 self._processes.run_on_main(lambda: _recreate_folder(partial))
+                self._saved_parts.recreate(partial)
                 _write_tensors(partial, snapshot.optimizer_state, self._processes)
+                self._saved_parts.collect(partial)
                 self._processes.run_on_main(lambda: self._complete(partial, final, snapshot))
         except BaseException:
             if self._is_main:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from tinylm.cost.step_time import cpp_compiler
-from tinylm.errors import WorkError
+from tinylm.cost.step_time import CLEARLY_FASTER, cpp_compiler
+from tinylm.errors import WorkError, first_line
 from tinylm.model.base import Model
+from tinylm.model.block_mask import flex
 from tinylm.reporting import Reporter
 from tinylm.training.feed import LocalBatch
 from tinylm.training.out_of_memory import is_out_of_memory
@@ -45,7 +47,26 @@ class Trial:
         return warm_up_seconds if is_fast_enough(warm_up_seconds) else min(self.run() for _ in range(repeat))
 
     def run(self) -> float:
-        """Run once and return the elapsed seconds."""
+        """Run once and return the elapsed seconds.
+
+        If this fails with FlexAttention but not without it, warns and disables FlexAttention.
+        """
+        try:
+            return self._run()
+        except Exception as error:  # compiler errors have no common base class
+            if is_out_of_memory(error) or not (flex.used and flex.enabled):
+                raise
+            flex.enabled = False
+            try:
+                seconds = self._run()
+            except BaseException:
+                flex.enabled = True
+                raise
+            problem = f"attention within documents cannot use FlexAttention ({first_line(error)})"
+            warnings.warn(f"{problem}; using a dense mask, which is slower", stacklevel=2)
+            return seconds
+
+    def _run(self) -> float:
         start = time.perf_counter()
         try:
             with self.settings.precision.tf32():  # as in training, because the compiled code depends on this flag
@@ -56,32 +77,63 @@ class Trial:
         return time.perf_counter() - start
 
 
-def compile_units(network: Model, trial: Trial, *, required: bool, reporter: Reporter) -> float:
+def compile_units(
+    network: Model, trial: Trial, *, required: bool, reporter: Reporter, together: bool = False, dynamic: bool = False
+) -> float:
     """Compile every unit of the network in place by running one micro-batch. Returns the elapsed seconds, or 0 on failure.
 
-    Units of the same kind share the code that is compiled for the first one. A network without units is compiled as a whole. If
-    compilation fails and is `required`, raises `WorkError`. If it fails and is not required, warns and leaves the units uncompiled.
-    If the micro-batch runs out of memory, the units stay compiled, and the trainer later reduces the micro-batch size.
+    Units of the same kind share the code that is compiled for the first one. With `together`, whole stacks of units are compiled.
+    With `dynamic`, the code works for batches of any size and length, instead of being compiled again for each. A network without
+    units is compiled as a whole. If compilation fails and is `required`, raises `WorkError`. If it fails and is not
+    required, warns and leaves the units uncompiled. If the micro-batch runs out of memory, the units stay compiled, and the trainer
+    later reduces the micro-batch size.
     """
     start = time.perf_counter()
-    units = network.compile_units() or (network,)
+    units = (network.compile_stacks() if together else network.compile_units()) or (network,)
     for unit in units:
-        unit.compile(dynamic=False)
+        unit.compile(dynamic=dynamic)
     try:
         trial.run()
     except Exception as error:  # compiler errors have no common base class, and some come from tools that the compiler runs
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        if is_out_of_memory(error):
             reporter.note("a micro-batch does not fit into memory; the first step will reduce its size")
             return time.perf_counter() - start
         for unit in units:
             unit._compiled_call_impl = None
         network.zero_grad(set_to_none=True)
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if required:
-            raise WorkError(f"the model cannot be compiled: {first_line}", hint="set training.compile: off") from error
+            raise WorkError(f"the model cannot be compiled: {first_line(error)}", hint="set training.compile: off") from error
+        what, instead, skip = "model", "without compiling", "off"
+        if together:
+            what, instead, skip = "blocks", "without compiling them together", "on"
         reporter.warn(
-            f"the model cannot be compiled ({first_line}); training continues without compiling "
-            "(set training.compile: off to skip this attempt)"
+            f"the {what} cannot be compiled ({first_line(error)}); training continues {instead} "
+            f"(set training.compile: {skip} to skip this attempt)"
         )
         return 0.0
     return time.perf_counter() - start
+
+
+def compile_together_if_faster(network: Model, trial: Trial, reporter: Reporter) -> tuple[bool, float]:
+    """Replace compiled units with compiled stacks of units if these are clearly faster. Returns whether they are, and the seconds.
+
+    `reporter` receives a warning if the stacks cannot be compiled.
+    """
+    start = time.perf_counter()
+    separate_seconds = trial.seconds()
+    calls = [(unit, unit._compiled_call_impl) for unit in network.compile_units()]
+    for unit, _ in calls:
+        unit._compiled_call_impl = None
+    faster = False
+    try:
+        if compile_units(network, trial, required=False, reporter=reporter, together=True):
+            faster = trial.seconds() < CLEARLY_FASTER * separate_seconds
+    except RuntimeError as error:  # the gradients of all blocks may need more memory together
+        if not is_out_of_memory(error):
+            raise
+    if not faster:
+        for stack in network.compile_stacks():
+            stack._compiled_call_impl = None
+        for unit, call in calls:
+            unit._compiled_call_impl = call
+    return faster, time.perf_counter() - start

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from tinylm.errors import WorkError
+from tinylm.model.graphs import GraphBackend
 from tinylm.optim.groups import Optimizers
 from tinylm.training.feed import LocalBatch
+from tinylm.training.graphed import GraphedMicroBatches
 from tinylm.training.out_of_memory import is_out_of_memory, smaller_micro_batch
 from tinylm.training.parallel import Parallel
 from tinylm.training.step import GradientSettings, accumulate, micro_batch_seeds
@@ -31,14 +33,20 @@ class GradientComputer:
         settings: GradientSettings,
         dropout_seed: int | None,
         note: Callable[[str], None],
+        graphs: GraphBackend | None = None,
     ) -> None:
-        """`dropout_seed` is the recipe's seed, or None without dropout. `note` receives a message if memory runs out."""
+        """`dropout_seed` is the recipe's seed, or None without dropout. `note` receives a message if memory runs out.
+
+        `graphs`: run micro-batches as graphs. This requires a single process, no dropout and no gradient scaler.
+        """
         self.settings = settings
         self._parallel = parallel
         self._processes = parallel.processes
         self._optimizers = optimizers
         self._dropout_seed = dropout_seed
         self._note = note
+        self._graphs = graphs
+        self._graphed: GraphedMicroBatches | None = None
 
     def compute(self, batch: LocalBatch, steps_before: int) -> tuple[Tensor, int]:
         """Store the gradient of the global batch in `.grad`. `batch` is this process's share of the global batch.
@@ -80,6 +88,10 @@ class GradientComputer:
 
         try:
             with self.settings.precision.tf32():
+                if self._graphs is not None:
+                    if self._graphed is None:
+                        self._graphed = GraphedMicroBatches(self._parallel.network, self.settings, self._graphs)
+                    return self._graphed.accumulate(batch)
                 return accumulate(self._parallel.network, batch, self.settings, seeds, micro_batch)
         except PeerOutOfMemory:
             reason = "in another process"
@@ -97,6 +109,7 @@ class GradientComputer:
     def _reduce_micro_batch_size(self, sequences: int, reason: str) -> None:
         """Free memory and at least halve the micro-batch size. `sequences` is this process's share of the global batch."""
         before = self.settings.micro_batch_size
+        self._graphed = None  # frees the memory of its graphs
         self._optimizers.zero_grad()
         if self.settings.precision.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -19,7 +19,7 @@ _BYTES_PER_PARAMETER = 4
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h; see mallopt(3)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether an allocator ran out of memory. Only CUDA raises a dedicated class. On other devices, the message is checked."""
     return isinstance(error, torch.OutOfMemoryError) or errors.is_out_of_memory(error)
 

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tinylm.cost.micro_batch import estimate_memory, host_memory_bytes
-from tinylm.cost.parameters import has_estimates
+from tinylm.cost.micro_batch import data_parallelism, host_memory_bytes
 from tinylm.model import lora, registry
 from tinylm.model.base import Model
 from tinylm.processes import SINGLE_PROCESS, Processes, lost_peer_error
@@ -29,11 +28,8 @@ if TYPE_CHECKING:  # these imports take a second and are only needed with severa
     from torch.distributed.device_mesh import DeviceMesh
     from torch.nn.parallel import DistributedDataParallel
 
-_MAX_REPLICATED = 0.5
-"""With `auto`, DDP is used if weights, gradients and optimizer state take at most this fraction of a device's memory."""
 
-
-def resolve(name: str, recipe: Recipe, vocab_size: int, device: torch.device, processes: Processes) -> str:
+def resolve(recipe: Recipe, vocab_size: int, device: torch.device, processes: Processes) -> str:
     """Return `none` for a single process, else `ddp` or `fsdp`.
 
     `auto` becomes `ddp` if the training state takes at most half of a device's memory, or if the memory cannot be estimated for the
@@ -41,16 +37,11 @@ def resolve(name: str, recipe: Recipe, vocab_size: int, device: torch.device, pr
     """
     if processes.world_size == 1:
         return "none"
-    if name != "auto":
-        return name
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = host_memory_bytes() // processes.world_size
-    if not has_estimates(recipe.model):
-        return "ddp"
-    costs = estimate_memory(recipe, vocab_size, 1)
-    return "fsdp" if costs.weights + costs.gradients + costs.optimizer > _MAX_REPLICATED * memory else "ddp"
+    return data_parallelism(recipe, vocab_size, memory, processes.world_size)
 
 
 class Parallel:

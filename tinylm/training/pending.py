@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tinylm.host_copy import HostCopy
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -33,25 +35,16 @@ class PendingStep:
     step: int
     cursor: int
     fingerprint: int
-    values: Tensor
+    values: HostCopy
     """Loss, gradient norm, loss scale and, with teachers, the distillation loss: (3,) or (4,)."""
-    copied: torch.cuda.Event | None
-    """Recorded after the copy of `values` to the host. None if `values` was not on a CUDA GPU."""
 
     @classmethod
     def start(cls, step: int, cursor: int, fingerprint: int, values: Tensor) -> PendingStep:
         """Start copying the results to the host, without waiting for the GPU."""
-        if values.device.type != "cuda":
-            return cls(step, cursor, fingerprint, values, None)
-        on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        copied.record(torch.cuda.current_stream(values.device))
-        return cls(step, cursor, fingerprint, on_host, copied)
+        return cls(step, cursor, fingerprint, HostCopy(values))
 
     def read(self) -> StepResult:
         """Wait for the results and return them."""
-        if self.copied is not None:
-            self.copied.synchronize()
         return StepResult(self.step, self.cursor, self.fingerprint, *self.values.tolist())
 
 

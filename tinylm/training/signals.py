@@ -1,7 +1,12 @@
-"""Treat the first Ctrl-C or SIGTERM as a request to stop after the current step. The second one exits immediately."""
+"""Treat the first Ctrl-C or SIGTERM as a request to stop after the current step. The second one exits immediately.
+
+Under torchrun, only the first one counts. torchrun passes signals on to its processes, which may have received them already, for
+example from Slurm. It also kills processes that do not end in time.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -33,6 +38,8 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number is not None:
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                return
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             raise SystemExit(128 + number)

@@ -21,6 +21,7 @@ from torch import Tensor
 from tinylm.data.datasets import Dataset
 from tinylm.errors import TinylmError, WorkError
 from tinylm.evaluation.metrics import Metrics
+from tinylm.model.graphs import CUDAGraphs
 from tinylm.optim.groups import Optimizers
 from tinylm.optim.schedules import lr_multiplier
 from tinylm.recipe import Recipe
@@ -125,7 +126,8 @@ class Trainer:
         setup, recipe = self.setup, self.setup.recipe
         settings = GradientSettings(int(recipe.training.micro_batch_size), setup.precision, setup.objective, self._scaler)
         dropout_seed = recipe.seed if recipe.model.uses_dropout else None
-        return GradientComputer(setup.parallel, setup.optimizers, settings, dropout_seed, self._observer.note)
+        graphs = CUDAGraphs(setup.precision.device) if recipe.training.compile == "graph" else None
+        return GradientComputer(setup.parallel, setup.optimizers, settings, dropout_seed, self._observer.note, graphs)
 
     def resume(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state. Restore the weights and the optimizer state before calling this."""
@@ -411,7 +413,8 @@ class Trainer:
             self._abort(reason, checkpoint.step if checkpoint else 0, result)
             return
         setup = self.setup
-        self.resume(restore(checkpoint, self._network, setup.optimizers, self._processes))
+        with setup.checkpoints.transfer.distributed(checkpoint.path):
+            self.resume(restore(checkpoint, self._network, setup.optimizers, self._processes))
         restored = self.progress
         restored.cursor, restored.seconds, restored.train_seconds = before.cursor, before.seconds, before.train_seconds
         restored.watch.skipped, restored.watch.spikes = before.watch.skipped, before.watch.spikes

@@ -133,7 +133,7 @@ def evaluate_translator(
         run=str(run.path),
         checkpoint=chosen.name,
         step=chosen.step,
-        text=describe(sources) if sources else f"its own {options.split} pairs",
+        text=describe(sources) if sources else f"the run's {'held-out' if options.split == 'heldout' else options.split} pairs",
         split=None if sources else options.split,
         pairs=len(pairs),
         target_tokens=int(tokens.sum()),
@@ -157,7 +157,7 @@ def evaluation_pairs(run: Run, sources: Sequence[str], split: str, reporter: Rep
     if sources:
         return read_pairs(data, PairSources(sources=tuple(sources)), reporter)
     if not (run.path / "heldout").exists():
-        raise InputError("this run has no held-out pairs", where=str(run.path), hint="specify sentence pairs to evaluate it on")
+        raise InputError("this run has no held-out pairs", where=str(run.path), hint="pass files with sentence pairs")
     if split == "test" and not (run.path / "heldout" / "test-pairs.jsonl").exists():
         raise InputError("this run has no test pairs", where=str(run.path), hint="set data.test in the recipe, and train again")
     return list(open_part(run.path / "heldout", split, source_tokenizer_of(run), run.tokenizer).pairs)
@@ -170,6 +170,7 @@ def translate_pairs(
 
     Pairs with different target languages are translated separately.
     """
+    translator.compile(reporter.note, sentences=len(pairs))
     translations, cut = [""] * len(pairs), 0
     with reporter.progress("translating", len(pairs), "sentences") as advance:
         for language in sorted({pair.language for pair in pairs}):

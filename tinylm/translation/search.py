@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tinylm.errors import InputError
+from tinylm.model.compiled_translation import CompiledTranslation
 from tinylm.model.sequence_to_sequence import SequenceToSequence
-from tinylm.translation.decoding import Decoding, decoding_mode, padded_length
+from tinylm.translation.decoding import Decoding, decoding_mode, padded_length, top_extensions
 
 DEFAULT_BEAMS = 5
 DEFAULT_BATCH = 32
@@ -21,8 +22,6 @@ _MAX_LENGTH_PENALTY = 10.0
 """Maximum absolute value. Scores could overflow with larger exponents."""
 _TOKENS_PER_SOURCE_TOKEN = 3
 _NEVER = float("-inf")
-_BLOCK = 16
-"""Number of tokens whose log-probabilities are compared together."""
 
 
 @dataclass(frozen=True)
@@ -95,24 +94,27 @@ def translate_ids(
     options: SearchOptions,
     *,
     batch_size: int = DEFAULT_BATCH,
+    compiled: CompiledTranslation | None = None,
     on_batch: Callable[[int], None] = lambda sentences: None,
 ) -> list[list[Hypothesis]]:
     """Translate source sentences, passed as ids with control tokens. Returns the best translations of each sentence, best first.
 
     `end` is the id of the end token. The translations of a sentence do not depend on the other sentences or on `batch_size`.
+    `compiled` runs the network's decoder in compiled code, whose scores can differ from PyTorch's in the last bits.
     `on_batch` is called after every batch with the number of sentences translated so far.
     """
     options.check()
     results: list[list[Hypothesis]] = [[] for _ in sources]
     done = 0
-    with decoding_mode(network):
-        for indexes in _batches(sources, batch_size):
+    with decoding_mode(network) as threads:
+        for indexes in _batches(sources, batch_size, of_one_length=compiled is None):
             batch = [sources[index] for index in indexes]
             limits = [options.limit(source, network.model.context_length) for source in batch]
+            decoding = Decoding(network, batch, compiled, threads)
             if options.temperature is None:
-                found = _BeamSearch(options, end, limits).run(network, batch)
+                found = _BeamSearch(options, end, limits).run(decoding)
             else:
-                found = _sample(network, batch, end, options, limits)
+                found = _sample(decoding, batch, end, options, limits)
             for index, hypotheses in zip(indexes, found, strict=True):
                 results[index] = hypotheses
             done += len(indexes)
@@ -120,11 +122,11 @@ def translate_ids(
     return results
 
 
-def _batches(sources: Sequence[np.ndarray], size: int) -> Iterator[list[int]]:
-    """Yield lists of at most `size` indices of sentences with the same padded length."""
+def _batches(sources: Sequence[np.ndarray], size: int, *, of_one_length: bool) -> Iterator[list[int]]:
+    """Yield lists of at most `size` indices of sentences of similar lengths, or of one padded length."""
     groups: dict[int, list[int]] = {}
     for index, source in enumerate(sources):
-        groups.setdefault(padded_length(source), []).append(index)
+        groups.setdefault(padded_length(source) if of_one_length else 0, []).append(index)
     for _, indexes in sorted(groups.items()):
         indexes.sort(key=lambda index: len(sources[index]))
         for start in range(0, len(indexes), size):
@@ -148,28 +150,28 @@ class _BeamSearch:
         self._ids: list[list[list[int]]] = [[[]] for _ in limits]
         """The beams of each sentence. At first, there is only the empty translation."""
 
-    def run(self, network: SequenceToSequence, sources: Sequence[np.ndarray]) -> list[list[Hypothesis]]:
-        decoding = Decoding(network, sources)
-        logprobs = decoding.start()
-        totals = torch.zeros(len(sources), 1, device=logprobs.device)
+    def run(self, decoding: Decoding) -> list[list[Hypothesis]]:
+        decoding.start()
+        totals = torch.zeros(len(self._limits), 1, device=decoding.device)
         for length in range(1, max(self._limits) + 1):
             sentences = len(self._active)
-            totals, parents, tokens, kept = self._extend(logprobs, totals, length)
+            totals, parents, tokens, kept = self._extend(decoding, totals, length)
             if not kept:
                 break
-            logprobs = decoding.step(parents, tokens, None if len(kept) == sentences else kept)
+            decoding.step(parents, tokens, None if len(kept) == sentences else kept)
         return [sorted(found, key=lambda each: -each.score)[: self._options.n_best] for found in self._finished]
 
-    def _extend(self, logprobs: Tensor, totals: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    def _extend(self, decoding: Decoding, totals: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         """Extend the beams to `length` tokens.
 
         Returns the total log-probabilities (sentences, beams), the parents (rows,) and the tokens (rows,) of the sentences that are
         not done, and the places of these sentences among the active ones.
         """
+        beams, vocab_size, device = totals.shape[1], decoding.vocab_size, totals.device
         if self._options.no_repeat_ngram:
-            logprobs = self._without_repeated_ngrams(logprobs)
-        beams, vocab_size = totals.shape[1], logprobs.shape[1]
-        values, indexes = top_extensions(logprobs, totals, 2 * self._beams)
+            values, indexes = top_extensions(self._without_repeated_ngrams(decoding.logprobs()), totals, 2 * self._beams)
+        else:
+            values, indexes = decoding.top_extensions(totals, 2 * self._beams)
         rows = zip(self._active, values.tolist(), indexes.tolist(), strict=True)
         extended = [
             self._extend_sentence(sentence, best, [divmod(index, vocab_size) for index in extensions], length)
@@ -184,7 +186,6 @@ class _BeamSearch:
             parents += [place * beams + parent for _, parent, _ in kept]
             tokens += [token for _, _, token in kept]
         self._active = [self._active[place] for place in places]
-        device = logprobs.device
         return (
             torch.tensor(new_totals, device=device),
             torch.tensor(parents, dtype=torch.long, device=device),
@@ -246,31 +247,6 @@ def _without_gaps(kept: Sequence[bool]) -> list[int]:
     return [place if kept[place] else next(moved) for place in range(count)]
 
 
-def top_extensions(logprobs: Tensor, totals: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the `count` most likely extensions of each sentence's beams, best first: totals and indices (beam * V + token).
-
-    `logprobs` (N * beams, V) are the log-probabilities of the next tokens, and `totals` (N, beams) those of the beams. With a large
-    vocabulary, `topk` is slow. Therefore, the maxima of blocks of tokens are computed first, because the `count` largest elements
-    are in the blocks with the `count` largest maxima.
-    """
-    sentences, beams = totals.shape
-    vocab_size = logprobs.shape[1]
-    blocks = vocab_size // _BLOCK  # block b contains the tokens b, b + blocks, b + 2 * blocks, ...
-    if count > beams * blocks:
-        top = (logprobs.view(sentences, beams, -1) + totals[..., None]).flatten(1).topk(min(count, beams * vocab_size), dim=1)
-        return top.values, top.indices
-    maxima = logprobs[:, : _BLOCK * blocks].view(-1, _BLOCK, blocks).amax(dim=1) + totals.view(-1, 1)  # (N * beams, blocks)
-    best = maxima.view(sentences, -1).topk(count, dim=1, sorted=False).indices  # (N, count)
-    steps = torch.arange(0, _BLOCK * blocks, blocks, device=logprobs.device)
-    in_blocks = (best // blocks * vocab_size + best % blocks)[..., None] + steps  # (N, count, block)
-    rest = torch.arange(_BLOCK * blocks, vocab_size, device=logprobs.device)
-    in_rest = torch.arange(0, beams * vocab_size, vocab_size, device=logprobs.device)[:, None] + rest
-    indexes = torch.cat((in_blocks.flatten(1), in_rest.flatten().expand(sentences, -1)), dim=1)
-    scores = logprobs.view(sentences, -1).gather(1, indexes) + totals.gather(1, indexes // vocab_size)
-    top = scores.topk(count, dim=1)
-    return top.values, indexes.gather(1, top.indices)
-
-
 def without_repeated_ngrams(logprobs: Tensor, rows: Sequence[Sequence[int]], order: int) -> Tensor:
     """Return log-probabilities (R, V) that are -inf for tokens that would repeat an n-gram in the ids of their row."""
     logprobs = logprobs.clone()
@@ -284,16 +260,16 @@ def without_repeated_ngrams(logprobs: Tensor, rows: Sequence[Sequence[int]], ord
 
 
 def _sample(
-    network: SequenceToSequence, sources: Sequence[np.ndarray], end: int, options: SearchOptions, limits: Sequence[int]
+    decoding: Decoding, sources: Sequence[np.ndarray], end: int, options: SearchOptions, limits: Sequence[int]
 ) -> list[list[Hypothesis]]:
-    """Draw `n_best` translations of each sentence. The result for a sentence depends only on the seed and on the sentence."""
+    """Sample `n_best` translations of each sentence. The result for a sentence depends only on the seed and on the sentence."""
     count = options.n_best
     generators = [_generator(options.seed, source, number) for source in sources for number in range(count)]
     rows: list[list[int]] = [[] for _ in generators]
     totals, open_rows = [0.0] * len(rows), set(range(len(rows)))
     results: list[Hypothesis | None] = [None] * len(rows)
-    decoding = Decoding(network, sources)
-    logprobs = decoding.start().repeat_interleave(count, dim=0)
+    decoding.start()
+    logprobs = decoding.logprobs().repeat_interleave(count, dim=0)
     everything = torch.arange(len(rows), device=logprobs.device)
     parents = everything // count  # each sentence has only one row at first
     for length in range(1, max(limits) + 1):
@@ -312,8 +288,8 @@ def _sample(
                 open_rows.remove(row)
         if not open_rows:
             break
-        logprobs = decoding.step(parents, torch.tensor(tokens, device=logprobs.device))
-        parents = everything
+        decoding.step(parents, torch.tensor(tokens, device=logprobs.device))
+        logprobs, parents = decoding.logprobs(), everything
     drawn = [hypothesis for hypothesis in results if hypothesis is not None]
     return [sorted(drawn[i : i + count], key=lambda each: -each.score) for i in range(0, len(drawn), count)]
 
@@ -324,7 +300,7 @@ def _generator(seed: int, source: np.ndarray, number: int) -> np.random.Generato
 
 
 def _draw(logprobs: Tensor, options: SearchOptions, generator: np.random.Generator) -> int:
-    """Draw a token from log-probabilities (V,) with the temperature and top-k in `options`."""
+    """Sample a token from log-probabilities (V,) with the temperature and top-k in `options`."""
     assert options.temperature is not None
     values, tokens = logprobs.double().sort(descending=True, stable=True)
     if options.top_k is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,10 +13,18 @@ from tinylm import device as devices
 from tinylm.data.bucketed_pairs import PairFraming
 from tinylm.data.pairs import SOURCE_TOKENIZER
 from tinylm.errors import InputError
+from tinylm.model import compiled_translation
+from tinylm.model.compiled_translation import CompiledTranslation
 from tinylm.model.sequence_to_sequence import START, SequenceToSequence
+from tinylm.model.translation_records import TRANSLATION_STEP
 from tinylm.run import Checkpoint, Run
 from tinylm.tokenizer import Tokenizer
 from tinylm.translation.search import DEFAULT_BATCH, Hypothesis, SearchOptions, translate_ids
+
+_MIN_PARAMETERS = 1_000_000
+"""Minimum number of parameters for which the decoding step is compiled. Smaller models are fast enough."""
+_MIN_SENTENCES = 1000
+"""Minimum number of sentences for which compiling the decoding step saves more time than it takes."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,15 @@ class Translator:
         options.check()
         self.check_language(language)
         notes, sources, indexes = self._prepare(texts, language)
-        found = translate_ids(self.network, sources, self.framing.target_end, options, batch_size=batch_size, on_batch=on_batch)
+        found = translate_ids(
+            self.network,
+            sources,
+            self.framing.target_end,
+            options,
+            batch_size=batch_size,
+            compiled=self._compiled,
+            on_batch=on_batch,
+        )
         empty = (TranslatedText("", 0.0, 0.0, 0, "end"),)
         results = [Translation(text, empty, note) for text, note in zip(texts, notes, strict=True)]
         for index, source, hypotheses in zip(indexes, sources, found, strict=True):
@@ -99,6 +116,27 @@ class Translator:
             alignment = self._align(source, hypotheses[0]) if align else None
             results[index] = Translation(texts[index], translated, notes[index], alignment)
         return results
+
+    @property
+    def could_be_compiled(self) -> bool:
+        """Whether compiled decoding would save much time, but the code has not been compiled on this machine."""
+        is_large = self.network.parameter_count() >= _MIN_PARAMETERS
+        return is_large and compiled_translation.is_supported(self.network) and not TRANSLATION_STEP.is_compiled()
+
+    def compile(self, report: Callable[[str], None], *, sentences: int | None = None) -> None:
+        """Compile the decoding step, if that saves time for this number of sentences (None: unlimited).
+
+        Call this before the first translation. Otherwise, `translate` uses compiled code only if it has been compiled on this
+        machine before. Compiled code is faster, and its scores can differ in the last bits.
+        """
+        if self.could_be_compiled and (sentences is None or sentences >= _MIN_SENTENCES):
+            compiled_translation.load_code(report)
+
+    @cached_property
+    def _compiled(self) -> CompiledTranslation | None:
+        """The compiled decoder, or None if it is not supported or has not been compiled. Does not depend on the sentences."""
+        supported = compiled_translation.is_supported(self.network) and TRANSLATION_STEP.is_compiled()
+        return CompiledTranslation(self.network) if supported else None
 
     def check_language(self, language: str) -> None:
         """Raise `InputError` if `language` is unknown, or if it is empty although the model has several target languages."""
@@ -156,14 +194,16 @@ class Translator:
 def require_translation_run(run: Run) -> None:
     """Raise `InputError` if a run was not trained for translation."""
     if run.recipe.objective.name != "translation":
-        problem = f"trained with the {run.recipe.objective.name} objective, so it cannot translate"
-        raise InputError(problem, where=str(run.path), hint="train a translator with `tinylm train translate-de-en`")
+        problem = f"was trained with the {run.recipe.objective.name} objective, so it cannot translate"
+        hint = "train a translation model, for example with `tinylm train translate-de-en`"
+        raise InputError(problem, where=str(run.path), hint=hint)
 
 
 def source_tokenizer_of(run: Run) -> Tokenizer:
     """Return the tokenizer for the source language of a translation run."""
-    own = run.path / "heldout" / SOURCE_TOKENIZER
-    return Tokenizer.load(own) if own.exists() else run.tokenizer
+    files = (folder / SOURCE_TOKENIZER for folder in (run.path / "heldout", run.path))  # the latter in imported runs
+    own = next((file for file in files if file.exists()), None)
+    return run.tokenizer if own is None else Tokenizer.load(own)
 
 
 def averaged_network(run: Run, count: int, device: torch.device) -> SequenceToSequence:
