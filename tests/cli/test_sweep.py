@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from command import RunCli
+from tinylm_cli.train_summary import first_command
 
 
 @pytest.mark.parametrize(
@@ -33,3 +34,10 @@ def test_a_dry_run_lists_the_runs(run_cli: RunCli, recipe_file: Path, tmp_path: 
     result = run_cli("sweep", recipe_file, "--set", "seed=1,2", "--set", "model.n_layer=1", "--dry-run", "--out", tmp_path / "s")
     assert result.out.split() == [str(tmp_path / "s" / "seed=1"), str(tmp_path / "s" / "seed=2")]
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "verb"), [("causal_lm", "sample"), ("chat", "chat"), ("masked_lm", "fill"), ("classification", "classify")]
+)
+def test_the_hint_after_a_sweep_is_the_command_for_the_task(task: str, verb: str) -> None:
+    assert first_command("runs/a", task).startswith(f"tinylm {verb} ")

@@ -18,7 +18,7 @@ from tinylm.translation.search import SearchOptions, translate_ids
 
 SETTINGS: list[dict[str, Any]] = [
     {"preset": "transformer"},
-    {"preset": "transformer", "feed_forward": "silu", "head_bias": True, "n_kv_head": 2},
+    {"preset": "transformer", "feed_forward": "silu", "head_bias": True, "n_kv_head": 2, "head_dim": 64, "vocab_size": 150},
     {"preset": "modern"},
     {"preset": "modern", "feed_forward": "swiglu", "logit_softcap": 2.0, "learned_start": False, "scale_embeddings": True},
     {"preset": "modern", "position": "learned", "norm": "layernorm", "norm_gain": True, "bias": True, "qk_norm": False},

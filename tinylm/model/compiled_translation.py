@@ -57,7 +57,7 @@ def is_supported(network: SequenceToSequence) -> bool:
 def load_code(report: Callable[[str], None]) -> None:
     """Load the compiled code. If it has to be compiled first, call `report` with a message."""
     if not TRANSLATION_STEP.is_compiled():
-        report("compiling the decoding step for translation for this CPU (once, about 10 seconds)")
+        report("compiling the decoding step for translation for this CPU (once, about 20 seconds)")
     TRANSLATION_STEP.address  # noqa: B018  reading the property loads the code
 
 
