@@ -64,7 +64,7 @@ MISTAKES = {
     "new text.txt --devices 2": "--devices: requires --hardware",
     "new text.txt --hardware h100-smx": "did you mean h100-sxm?",
     "new text.txt": "text.txt: 4,500 bytes are not enough to train on (use a longer text)",
-    "scale": "SOURCE: missing (pass a text, or compare a run with --check RUN)",
+    "scale": "SOURCE: is required (pass a text, or compare a run with --check RUN)",
     "scale text.txt": "text.txt: 4,500 bytes are not enough to train on (use a longer text)",
     "plan": "missing argument 'recipe'",
     "plan quickstart --set training.micro_batch_size=3": "training.micro_batch_size: 3 does not divide global_batch_size",

@@ -320,6 +320,7 @@ SETTINGS |= {
     "PairsSection.overlap": [_PAIRS_DATA, _TRANSLATOR, "data.overlap=keep"],
     "PairsSection.vocabulary": [_PAIRS_DATA, _TRANSLATOR, "data.vocabulary=separate"],
     "PairsSection.errors": [_PAIRS_DATA, _TRANSLATOR, "data.errors=replace"],
+    "PairsSection.batch_tokens": [_PAIRS_DATA, _TRANSLATOR, "data.batch_tokens=4096"],
     "TranslationObjective.label_smoothing": [_PAIRS_DATA, _TRANSLATOR, "objective.label_smoothing=0.2"],
     "TranslationObjective.select": [_PAIRS_DATA, _TRANSLATOR, "objective.select=bleu"],
     "TranslationObjective.source_vocab_size": [_PAIRS_DATA, _TRANSLATOR, "objective.source_vocab_size=99"],
