@@ -50,6 +50,16 @@ def test_ill_conditioned_matrices_are_accurate_to_one_percent(shape: tuple[int, 
     assert (result - expected).norm() < 0.01 * expected.norm()
 
 
+@pytest.mark.parametrize("size", [40, 64, 200])
+def test_a_dominant_singular_value_does_not_reduce_the_accuracy(size: int) -> None:
+    left, _, right = torch.linalg.svd(_random(size, size).double())
+    values = torch.logspace(0, -6, size, dtype=torch.float64)
+    values[0] = 30
+    matrix = (left * values @ right).float()
+    [result] = orthogonalize([matrix])
+    assert torch.linalg.matrix_norm(result.double() - _expected(matrix), 2) < 1e-3
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_the_scale_of_a_matrix_does_not_matter_unless_it_is_nearly_zero(scale: float) -> None:
     matrix = _random(12, 20)

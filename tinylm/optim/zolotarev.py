@@ -88,25 +88,48 @@ def _write_gram(matrix: Tensor, out: Tensor) -> None:
 
 
 def _invert(matrices: Tensor) -> None:
-    """Invert symmetric positive definite matrices, (N, n, n), in place, by blocks (https://en.wikipedia.org/wiki/Schur_complement).
+    """Invert symmetric positive definite matrices, (N, n, n), in place.
 
-    The first half of the rows is read, and of the other half, recursively, the columns on the right.
+    The first half of the rows is read, and of the other half, recursively, the columns on the right. The inverse is computed from the
+    Cholesky factor, which is as accurate as the matrix allows. Inverting by blocks with Schur complements would be faster but loses
+    twice as many digits, which is too inaccurate for gradients with one dominant singular value.
     """
+    _invert_factor(matrices)
+    _multiply_by_transpose(matrices)
+
+
+def _invert_factor(matrices: Tensor) -> None:
+    """Replace matrices A = L L^T, (N, n, n), by the lower triangular inverses W of L."""
     n = matrices.shape[-1]
     if n <= LAPACK_ROWS:
         factors = torch.linalg.cholesky_ex(matrices)[0]
         identity = torch.eye(n, dtype=matrices.dtype, device=matrices.device).expand_as(matrices)
-        inverse_factors = torch.linalg.solve_triangular(factors, identity, upper=False)
-        torch.bmm(inverse_factors.mT, inverse_factors, out=matrices)
+        matrices.copy_(torch.linalg.solve_triangular(factors, identity, upper=False))
         return
-    half = n // 2
-    first, last = matrices[:, :half, :half], matrices[:, half:, half:]
-    upper, lower = matrices[:, :half, half:], matrices[:, half:, :half]
-    _invert(first)
+    first, upper, lower, last = _quarters(matrices)
+    _invert_factor(first)
     product = first @ upper
-    last.baddbmm_(upper.mT, product, alpha=-1)
-    _invert(last)
-    corner = product @ last
-    first.baddbmm_(corner, product.mT)
-    torch.neg(corner, out=upper)
+    upper.zero_()
+    last.baddbmm_(product.mT, product, alpha=-1)
+    _invert_factor(last)
+    lower.copy_((last @ product.mT).neg_() @ first)
+
+
+def _multiply_by_transpose(matrices: Tensor) -> None:
+    """Replace lower triangular matrices W, (N, n, n), by W^T W."""
+    if matrices.shape[-1] <= LAPACK_ROWS:
+        matrices.copy_(matrices.mT @ matrices)
+        return
+    first, upper, lower, last = _quarters(matrices)
+    upper.copy_(lower.mT @ last)
+    _multiply_by_transpose(first)
+    first.baddbmm_(lower.mT, lower)
+    _multiply_by_transpose(last)
     lower.copy_(upper.mT)
+
+
+def _quarters(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the upper left, upper right, lower left and lower right blocks of matrices (N, n, n)."""
+    half = matrices.shape[-1] // 2
+    upper, lower = matrices[:, :half], matrices[:, half:]
+    return upper[:, :, :half], upper[:, :, half:], lower[:, :, :half], lower[:, :, half:]
