@@ -90,9 +90,9 @@ def _write_gram(matrix: Tensor, out: Tensor) -> None:
 def _invert(matrices: Tensor) -> None:
     """Invert symmetric positive definite matrices, (N, n, n), in place.
 
-    The first half of the rows is read, and of the other half, recursively, the columns on the right. The inverse is computed from the
-    Cholesky factor, which is as accurate as the matrix allows. Inverting by blocks with Schur complements would be faster but loses
-    twice as many digits, which is too inaccurate for gradients with one dominant singular value.
+    The first half of the rows is read, and of the other half, recursively, the columns on the right. The inverse is computed from
+    the Cholesky factor, which is as accurate as the matrix allows. Inverting by blocks with Schur complements would be faster but
+    loses twice as many digits, which is too inaccurate for gradients with one dominant singular value.
     """
     _invert_factor(matrices)
     _multiply_by_transpose(matrices)
