@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False)
 
 
+_LARGE_ERROR = 0.05
+"""If the law's loss for one of its runs is off by more than this share, `tinylm scale` prints a warning."""
+
+
 @app.command()
 def scale(
     ctx: typer.Context,
@@ -156,6 +160,13 @@ def _show(found: Result, *, quiet: bool) -> None:
         messages.print_line(f"warning: the law is fitted without {pluralize(len(left_out), 'run')}:", "yellow")
         for row in left_out:
             messages.print_line(f"  {row.cell.training.name}: {row.left_out}", "yellow")
+    row, error = found.largest_error
+    if abs(error) > _LARGE_ERROR:
+        messages.print_line(
+            f"warning: the law's loss for {row.cell.training.name} is off by {error:+.0%}, so do not rely on the prediction; "
+            "plot that run to see whether it learned",
+            "yellow",
+        )
     if prediction.overfits:
         messages.print_line(
             "warning: the text is too short for this budget: the larger run may overfit, and its loss may be higher than predicted",

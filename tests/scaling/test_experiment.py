@@ -129,6 +129,10 @@ def test_diverged_failed_and_overfitted_runs_are_left_out_visibly(base: Recipe, 
     for reason, expected in zip(left_out.values(), reasons, strict=True):
         assert reason.startswith(expected)
     assert result.prediction.loss.value == pytest.approx(law_loss(result.prediction.parameters, result.prediction.tokens), rel=1e-3)
+    assert abs(result.largest_error[1]) < 0.01
+    outcomes = synthetic(grid, **{names[4]: {"val_loss": law_loss(grid.cells[4].parameters, grid.cells[4].tokens) * 1.2}})
+    unusual, error = experiment.analyze(tmp_path, grid, base, outcomes).largest_error
+    assert (unusual.cell.training.name, error) == (names[4], pytest.approx(1 / 1.2 - 1, abs=0.05))
     with pytest.raises(WorkError, match=r"6 usable runs .*Left out: .*: not finished"):
         experiment.analyze(tmp_path, grid, base, synthetic(grid)[:6])
 

@@ -85,6 +85,16 @@ class Result:
     fit: Fit
     prediction: Prediction
 
+    @property
+    def largest_error(self) -> tuple[Row, float]:
+        """The run whose loss differs most from the law, and the law's loss relative to it, minus 1."""
+        errors = [
+            (row, _fitted_loss(row, self.fit) / row.val_loss - 1)
+            for row in self.rows
+            if row.left_out is None and row.val_loss is not None
+        ]
+        return max(errors, key=lambda item: abs(item[1]))
+
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON document of `tinylm scale --json`."""
         fitted = self.fit
@@ -328,9 +338,13 @@ def check(folder: Path, run: Run) -> Check:
     return Check(where, parameters, last["tokens"], last["val_loss"], fitted.predict(parameters, last["tokens"]), tuple(differing))
 
 
+def _fitted_loss(row: Row, fitted: Fit) -> float:
+    """Return the law's loss for the size and length of a run."""
+    return float(np.exp(fitted.best.log_losses(np.array([row.cell.parameters]), np.array([row.cell.tokens], float))[0, 0]))
+
+
 def _row_dict(row: Row, fitted: Fit) -> dict[str, Any]:
     cell, unique = row.cell, fitted.points.unique_tokens
-    run = np.array([cell.parameters]), np.array([cell.tokens], float)
     return {
         "run": row.run,
         "n_layer": cell.n_layer,
@@ -344,7 +358,7 @@ def _row_dict(row: Row, fitted: Fit) -> dict[str, Any]:
         "seconds": row.seconds,
         "val_loss": row.val_loss,
         "val_bits_per_byte": row.val_bits_per_byte,
-        "fitted_loss": float(np.exp(fitted.best.log_losses(*run)[0, 0])),
+        "fitted_loss": _fitted_loss(row, fitted),
         "left_out": row.left_out,
     }
 
