@@ -38,7 +38,33 @@ def make_order(lengths: np.ndarray, batch_size: int, batch_tokens: int | None, s
     return BucketedOrder(lengths, batch_size, seed) if batch_tokens is None else TokenOrder(lengths, batch_size, batch_tokens, seed)
 
 
-class BucketedOrder:
+class _EpochOrder:
+    """Looks up examples in the order of their epoch, and caches the order of the last epoch."""
+
+    examples_per_epoch: int
+    _last: tuple[int, np.ndarray] | None = None
+
+    def indexes(self, start: int, count: int) -> np.ndarray:
+        positions = np.arange(start, start + count, dtype=np.int64)
+        epochs, within_epoch = np.divmod(positions, self.examples_per_epoch)
+        indexes = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            indexes[chosen] = self._of_epoch(int(epoch))[within_epoch[chosen]]
+        return indexes
+
+    def _of_epoch(self, epoch: int) -> np.ndarray:
+        """Return the order of the examples in an epoch. This is thread-safe because the cached order is replaced atomically."""
+        last = self._last
+        if last is None or last[0] != epoch:
+            last = self._last = (epoch, self._compute(epoch))
+        return last[1]
+
+    def _compute(self, epoch: int) -> np.ndarray:
+        raise NotImplementedError
+
+
+class BucketedOrder(_EpochOrder):
     """A pseudo-random order of examples, in which the examples in each batch have similar lengths.
 
     Each epoch permutes all examples, divides them into buckets of 32 batches, sorts each bucket by length, divides it into batches,
@@ -53,26 +79,15 @@ class BucketedOrder:
         self._lengths, self._seed = lengths, seed
         self._batch_size = batch_size if len(lengths) >= batch_size else 1
         self.examples_per_epoch = len(lengths) // self._batch_size * self._batch_size
-        self._last: tuple[int, np.ndarray] | None = None
-
-    def indexes(self, start: int, count: int) -> np.ndarray:
-        return _indexes(self, start, count)
 
     def padded_lengths(self) -> np.ndarray:
-        batches = self._lengths[self.of_epoch(0)].reshape(-1, self._batch_size, self._lengths.shape[1])
+        batches = self._lengths[self._of_epoch(0)].reshape(-1, self._batch_size, self._lengths.shape[1])
         mean: np.ndarray = batches.max(axis=1).mean(axis=0)
         return mean
 
     def longest(self) -> np.ndarray:
         longest: np.ndarray = self._lengths.max(axis=0)
         return longest
-
-    def of_epoch(self, epoch: int) -> np.ndarray:
-        """Return the order of the examples in an epoch. This is thread-safe because the cached order is replaced atomically."""
-        last = self._last
-        if last is None or last[0] != epoch:
-            last = self._last = (epoch, self._compute(epoch))
-        return last[1]
 
     def _compute(self, epoch: int) -> np.ndarray:
         total, size = len(self._lengths), self._batch_size
@@ -86,7 +101,7 @@ class BucketedOrder:
         return mixed
 
 
-class TokenOrder:
+class TokenOrder(_EpochOrder):
     """A pseudo-random order of examples in batches of similar numbers of tokens.
 
     The examples are sorted by length, and consecutive examples form batches. A batch has at most `batch_tokens` tokens, including
@@ -109,10 +124,6 @@ class TokenOrder:
         self._padded = np.maximum.reduceat(ordered, self._starts, axis=0) * self._sizes[:, None]  # (batches, sides)
         self.examples_per_epoch = len(self._starts) * batch_size
         self.filled = len(lengths) / self.examples_per_epoch
-        self._last: tuple[int, np.ndarray] | None = None
-
-    def indexes(self, start: int, count: int) -> np.ndarray:
-        return _indexes(self, start, count)
 
     def padded_lengths(self) -> np.ndarray:
         mean: np.ndarray = self._padded.mean(axis=0) / self._batch_size
@@ -121,13 +132,6 @@ class TokenOrder:
     def longest(self) -> np.ndarray:
         longest: np.ndarray = -(-self._padded.max(axis=0) // self._batch_size)
         return longest
-
-    def of_epoch(self, epoch: int) -> np.ndarray:
-        """Return the order of the examples in an epoch. This is thread-safe because the cached order is replaced atomically."""
-        last = self._last
-        if last is None or last[0] != epoch:
-            last = self._last = (epoch, self._compute(epoch))
-        return last[1]
 
     def _compute(self, epoch: int) -> np.ndarray:
         total, batches, key = len(self._lengths), len(self._starts), epoch_key(self._seed, epoch)
@@ -152,14 +156,3 @@ def _batch_starts(lengths: np.ndarray, batch_size: int, batch_tokens: int) -> li
             longer = example
         longest = longer
     return starts
-
-
-def _indexes(order: BucketedOrder | TokenOrder, start: int, count: int) -> np.ndarray:
-    """Return the indexes of the examples at positions [start, start + count)."""
-    positions = np.arange(start, start + count, dtype=np.int64)
-    epochs, within_epoch = np.divmod(positions, order.examples_per_epoch)
-    indexes = np.empty_like(positions)
-    for epoch in np.unique(epochs):
-        chosen = epochs == epoch
-        indexes[chosen] = order.of_epoch(int(epoch))[within_epoch[chosen]]
-    return indexes

@@ -84,9 +84,10 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -
         state = {BODY + name: tensor for name, tensor in state.items()}
         if kind == "modernbert":
             state["pooler_norm.weight"] = pop("head.norm.weight")
+        else:
+            state["pooler.bias"] = pop(f"{_POOLERS[kind]}.bias")
+        state["pooler.weight"] = pop(f"{_POOLERS[kind]}.weight")
         for part in ("weight", "bias"):
-            if part == "weight" or kind != "modernbert":
-                state[f"pooler.{part}"] = pop(f"{_POOLERS[kind]}.{part}")
             state[f"output.{part}"] = pop(f"{_OUTPUTS[kind]}.{part}")
     unexpected = sorted(name for name in remaining if not name.startswith(_UNUSED))
     if missing or unexpected:
