@@ -14,6 +14,7 @@ from tinylm.data.labels import LabeledShard, open_labeled
 from tinylm.ensemble import Ensemble
 from tinylm.errors import InputError
 from tinylm.evaluation import classification
+from tinylm.evaluation.scoring import ensemble_losses
 from tinylm.model.base import Model
 from tinylm.recipe.labels import ClassificationObjective, LabelsSection
 from tinylm.run import Run
@@ -109,6 +110,4 @@ class TextClassifier:
 
 def mean_log_probabilities(logits: Sequence[np.ndarray]) -> np.ndarray:
     """Return the logarithm of the mean of the probabilities, for several arrays of logits (texts, labels)."""
-    log_probabilities = np.stack([classification.log_softmax(each) for each in logits])
-    mean: np.ndarray = np.logaddexp.reduce(log_probabilities) - np.log(len(logits))
-    return mean
+    return -ensemble_losses([-classification.log_softmax(each) for each in logits])
