@@ -1,6 +1,6 @@
 """Compare tinylm's translation quality with baselines and JoeyNMT, and its decoding speed with transformers and CTranslate2.
 
-    python benchmarks/translation.py quality --minutes 20 --seeds 3      # transformers, recurrent networks and baselines
+    python benchmarks/translation.py quality --minutes 20 --seeds 3      # every model (or only some: --models) and the baselines
     python benchmarks/translation.py joeynmt --minutes 20                # the same pairs, training time and number of parameters
     python benchmarks/translation.py decoding --run runs/NAME            # beam 5, batch 32, on held-out sentences, one thread
     python benchmarks/translation.py invariance --run runs/NAME          # one sentence at a time and in batches of 32
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -64,12 +65,12 @@ def interval(ci95: tuple[float, float] | None) -> str:
     return "no CI" if ci95 is None else f"95% CI {ci95[0]:.2f} to {ci95[1]:.2f}"
 
 
-def quality(minutes: float, seeds: int, folder: Path) -> None:
+def quality(minutes: float, seeds: int, models: list[str], folder: Path) -> None:
     """Train every model with several seeds and print BLEU, chrF and the baselines on the test pairs."""
     for seed in range(seeds):
-        for name, model in MODELS.items():
+        for name in models:
             run_folder = folder / f"{name}-{seed}"
-            overrides = [f"training.minutes={minutes}", f"seed={seed}", *model]
+            overrides = [f"training.minutes={minutes}", f"seed={seed}", *MODELS[name]]
             train(load(RECIPE, overrides), run_folder, device="cpu", overwrite=True)
             options = TranslationEvaluationOptions(split="test")
             result = evaluate_translator(Run.open(run_folder), options=options, reporter=Printer())
@@ -106,14 +107,14 @@ training:
   scheduling: warmupinversesquareroot
   learning_rate: 0.001
   learning_rate_min: 1.0e-9
-  learning_rate_warmup: 1000
+  learning_rate_warmup: 400
   label_smoothing: 0.1
   loss: crossentropy
-  batch_size: 4096
+  batch_size: 2048
   batch_type: token
   normalization: tokens
   epochs: 1000
-  validation_freq: 500
+  validation_freq: 1000000
   logging_freq: 100
   early_stopping_metric: bleu
   overwrite: True
@@ -156,11 +157,12 @@ def joeynmt(minutes: float, folder: Path, python: str) -> None:
     (folder / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
     (folder / "config.yaml").write_text(JOEY.format(folder=folder), encoding="utf-8")
     command = [python, "-m", "joeynmt", "train", str(folder / "config.yaml"), "--skip-test"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background inherits that SIGINT is ignored
     process = subprocess.Popen(command)
     try:
         process.wait(60 * minutes)
     except subprocess.TimeoutExpired:
-        process.terminate()
+        process.send_signal(signal.SIGINT)  # JoeyNMT then saves a checkpoint
         process.wait()
     command = [python, "-m", "joeynmt", "translate", str(folder / "config.yaml")]
     translated = subprocess.run(command, stdin=open(folder / "test.de", "rb"), capture_output=True, check=True)  # noqa: SIM115
@@ -265,6 +267,7 @@ def main() -> None:
     parser.add_argument("what", choices=["quality", "joeynmt", "decoding", "invariance"])
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="models for `quality`")
     parser.add_argument("--run")
     parser.add_argument("--sentences", type=int, default=200)
     parser.add_argument("--beams", type=int, default=5)
@@ -275,7 +278,7 @@ def main() -> None:
     parser.add_argument("--ct2-converter", default="ct2-transformers-converter")
     options = parser.parse_args()
     if options.what == "quality":
-        quality(options.minutes, options.seeds, options.out)
+        quality(options.minutes, options.seeds, options.models, options.out)
     elif options.what == "joeynmt":
         joeynmt(options.minutes, options.out / "joeynmt", options.joey_python)
     elif options.what == "decoding":

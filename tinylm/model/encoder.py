@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from tinylm.cost.memory import loss_chunk_rows
 from tinylm.model.cache import CacheRows
-from tinylm.model.functions import summed_cross_entropy
+from tinylm.model.functions import select_targets, summed_cross_entropy
 from tinylm.model.layers import Memory, make_norm
 from tinylm.model.transformer import Transformer
 from tinylm.recipe.encoder import EncoderSection
@@ -71,10 +71,9 @@ class Encoder(Transformer):
         hidden = self.hidden(tokens, segments=segments, token_types=token_types)  # (B, T, C)
         if targets is None:
             return self.logits(hidden)
-        chosen = (targets.flatten() >= 0).nonzero().squeeze(1)  # (N,)
-        hidden, ids = hidden.flatten(0, 1)[chosen], targets.flatten()[chosen]  # (N, C), (N,)
+        hidden, ids = select_targets(hidden, targets)  # (N, C), (N,)
         if self.model.head_bias:
-            return F.cross_entropy(self.logits(hidden).float(), ids.long(), reduction="sum")
+            return F.cross_entropy(self.logits(hidden).float(), ids, ignore_index=-1, reduction="sum")
         chunk = loss_chunk_rows(self.vocab_size, on_gpu=hidden.device.type != "cpu")
         return summed_cross_entropy(
             self._transformed(hidden), self.head.weight, ids, self.model.logit_softcap, chunk, compiled=self.compile_loss

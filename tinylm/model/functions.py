@@ -24,6 +24,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tinylm.cost.memory import FUSED_LOSS_FROM, LOSS_ROWS_FP16, fused_loss_rows
 from tinylm.errors import first_line
 
+_MAX_ELEMENTS_IN_FLOAT32 = 12288
+"""In training on a CPU, attention computes in float32 although its inputs are bfloat16, if S * D is at most this number."""
+_ROWS_MULTIPLE = 64
+"""In bfloat16 on a CPU, the number of rows with a target is rounded up to a multiple of this number."""
 _WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -108,6 +112,31 @@ def rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
             return F.rms_norm(x, x.shape[-1:], gain, eps)
     normed: Tensor = _RMSNorm.apply(x, gain, eps)  # type: ignore[no-untyped-call]
     return normed
+
+
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool, dropout: float = 0.0, grouped: bool = False
+) -> Tensor:
+    """softmax(q k' / sqrt(D)) v: queries (B, H, T, D), keys and values (B, K, S, D) -> (B, H, T, D), in the dtype of `q`.
+
+    `mask` broadcasts to (B, H, T, S); True means that a query attends to a key. `grouped`: K divides H, and H / K query heads share
+    a key head.
+    """
+    if not _gradient_is_faster_in_float32(q, k):
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=grouped)
+    with torch.autocast(q.device.type, enabled=False):
+        attended = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, dropout, is_causal, enable_gqa=grouped)
+    return attended.to(q.dtype)
+
+
+def _gradient_is_faster_in_float32(q: Tensor, k: Tensor) -> bool:
+    """Whether torch's attention and its gradient are faster in float32 than in bfloat16 (`q.dtype`).
+
+    On a CPU with bfloat16 units, the gradient of short sequences takes up to five times as long in bfloat16.
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not torch.is_grad_enabled() or not q.requires_grad:
+        return False
+    return k.shape[2] * k.shape[3] <= _MAX_ELEMENTS_IN_FLOAT32
 
 
 def _rotate_pairs(x: Tensor, cosines: Tensor, sines: Tensor, direction: int) -> Tensor:
@@ -445,6 +474,19 @@ def _losses_and_logit_gradients(logits: Tensor, targets: Tensor, cap: float | No
     if squashed is not None:
         gradients.mul_(squashed.square_().neg_().add_(1))
     return losses, gradients
+
+
+def select_targets(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states (B, T, C) and targets (B, T) -> the rows whose target is not negative: states (N, C) and ids (N,).
+
+    In bfloat16 on a CPU, N is rounded up with rows whose id is -1, because oneDNN compiles a kernel for each new shape.
+    """
+    flat = targets.flatten()
+    chosen = (flat >= 0).nonzero().squeeze(1)
+    ids = flat[chosen].long()
+    if hidden.device.type == "cpu" and torch.is_autocast_enabled("cpu") and (missing := -len(ids) % _ROWS_MULTIPLE):
+        chosen, ids = F.pad(chosen, (0, missing)), F.pad(ids, (0, missing), value=-1)
+    return hidden.flatten(0, 1)[chosen], ids
 
 
 def summed_cross_entropy(

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tinylm.model.block_mask import block_masked_attention
 from tinylm.model.cache import CacheRows
-from tinylm.model.functions import Dropout, relu_squared, rms_norm, rotate
+from tinylm.model.functions import Dropout, fused_attention, relu_squared, rms_norm, rotate
 from tinylm.model.hooks import HookPoint
 from tinylm.recipe.schema import TransformerSection
 
@@ -177,14 +177,14 @@ class Attention(nn.Module):
         if unfused:
             attended = self._unfused_attention(q, k, v, mask)  # (B, H, T, D)
         else:
-            attended = F.scaled_dot_product_attention(
+            attended = fused_attention(
                 q,
                 k,
                 v,
-                attn_mask=mask,
+                mask,
                 is_causal=causal and mask is None and not S > T,
-                dropout_p=self.dropout if self.training else 0.0,
-                enable_gqa=grouped,
+                dropout=self.dropout if self.training else 0.0,
+                grouped=grouped,
             )  # (B, H, T, D)
         if groups != rows:
             attended = _ungrouped(attended, rows)

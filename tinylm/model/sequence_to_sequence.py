@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from tinylm.cost.memory import loss_chunk_rows
 from tinylm.errors import InputError
 from tinylm.model.base import Model
+from tinylm.model.functions import select_targets
 from tinylm.recipe.schema import ModelVariant
 
 START = -1
@@ -100,8 +101,7 @@ class SequenceToSequence(Model):
         hidden = self.hidden(tokens, segments=segments, source=source, source_segments=source_segments)
         if targets is None:
             return self.logits(hidden)
-        chosen = (targets.flatten() >= 0).nonzero().squeeze(1)  # (N,)
-        hidden, ids = hidden.flatten(0, 1)[chosen], targets.flatten()[chosen].long()  # (N, C), (N,)
+        hidden, ids = select_targets(hidden, targets)  # (N, C), (N,)
         rows = loss_chunk_rows(self.vocab_size, on_gpu=hidden.device.type != "cpu")
         if len(ids) <= rows:
             return self._loss(hidden, ids, label_smoothing)
@@ -110,7 +110,8 @@ class SequenceToSequence(Model):
         return torch.stack(losses).sum()
 
     def _loss(self, hidden: Tensor, ids: Tensor, label_smoothing: float) -> Tensor:
-        return F.cross_entropy(self.logits(hidden).float(), ids, reduction="sum", label_smoothing=label_smoothing)
+        logits = self.logits(hidden).float()
+        return F.cross_entropy(logits, ids, ignore_index=-1, reduction="sum", label_smoothing=label_smoothing)
 
     def _required(self, source: Tensor | None) -> Tensor:
         """Return `source`. Raises `InputError` if it is None."""
