@@ -211,14 +211,27 @@ def compare_labels(arguments: argparse.Namespace) -> None:
 
 def debian_packages() -> Iterator[dict[str, str]]:
     """Yield each package's synopsis as `text`, its section as `label`, and its long `description` if apt has it."""
-    command = ["apt-cache", "-o", "Acquire::Languages=en", "dumpavail"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for paragraph in listed.split("\n\n"):
-        fields = dict(re.findall(r"^(Section|Description(?:-en)?): (.*(?:\n .*)*)$", paragraph, flags=re.M))
-        synopsis, _, description = (fields.get("Description-en") or fields.get("Description", "")).partition("\n")
+    long_descriptions = {}
+    for file in _apt("apt-get", "indextargets", "--format", "$(FILENAME)", "Created-By: Translations").splitlines():
+        for fields in _fields(_apt("/usr/lib/apt/apt-helper", "cat-file", file)):
+            long_descriptions[fields.get("Description-md5")] = fields.get("Description-en", "")
+    for fields in _fields(_apt("apt-cache", "dumpavail")):
+        synopsis = fields.get("Description", "").partition("\n")[0]
         if synopsis and "Section" in fields:
+            _, _, description = long_descriptions.get(fields.get("Description-md5"), "").partition("\n")
             description = re.sub(r"^ \.?", "", description, flags=re.M)
             yield {"text": synopsis, "label": fields["Section"].rpartition("/")[2], "description": description}
+
+
+def _apt(program: str, *arguments: str) -> str:
+    command = [program, "-o", "Acquire::Languages=en", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _fields(text: str) -> Iterator[dict[str, str]]:
+    """Yield the fields of each paragraph in one of apt's files."""
+    for paragraph in text.split("\n\n"):
+        yield dict(re.findall(r"^([\w-]+): (.*(?:\n .*)*)$", paragraph, flags=re.M))
 
 
 def write_debian(arguments: argparse.Namespace) -> None:

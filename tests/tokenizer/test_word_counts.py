@@ -14,6 +14,7 @@ from tinylm.recipe.schema import BpeTokenizer
 from tinylm.text.sources import Piece
 from tinylm.tokenizer import training
 from tinylm.tokenizer.encoding import Encoder
+from tinylm.tokenizer.pretokenizer import PATTERNS, SPLIT_NAMES, ascii_pattern, split_steps
 from tinylm.tokenizer.split_points import split_points_of
 from tinylm.tokenizer.word_counts import count_words
 
@@ -64,3 +65,31 @@ def test_control_characters_cause_a_warning_about_a_binary_file() -> None:
     warnings: list[str] = []
     training.train(BpeTokenizer(kind="bpe", vocab_size=260), [Piece("\x00\x01\x02\ufffd" * 3000, True)], warnings.append)
     assert "is this a binary file?" in warnings[0]
+
+
+@pytest.mark.parametrize("split", [*SPLIT_NAMES, "digits"])
+def test_the_pattern_for_ascii_text_finds_the_same_words_as_the_pretokenizer(split: str) -> None:
+    steps = split_steps("gpt4" if split == "digits" else split, 1 if split == "digits" else None)
+    pretokenizer = tokenizers.pre_tokenizers.Sequence(steps)
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = pretokenizer
+    pattern = ascii_pattern(json.loads(backend.to_str()))
+    assert pattern is not None
+    rng = random.Random(1)
+    parts = ["a", "Ab", " ", "  ", "\n", "\r\n", "\t", "\x0b", "\x0c", "\x1c", "\x00", "\x7f", "1", "234", "5678901"]
+    parts += ["'s", "'LL", "'", "_", "(", ".", "!?"]
+    for _ in range(3000):
+        text = "".join(rng.choices(parts, k=rng.randrange(1, 12)))
+        assert pattern.findall(text) == [word for word, _ in pretokenizer.pre_tokenize_str(text)], repr(text)
+
+
+def test_only_named_splits_have_a_pattern_for_ascii_text() -> None:
+    backend = make_backend("gpt4")
+    assert ascii_pattern(json.loads(backend.to_str())) is not None
+    for step in (
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\p{Lu}"), "isolated"),
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(PATTERNS["gpt2"]), "removed"),
+        tokenizers.pre_tokenizers.BertPreTokenizer(),
+    ):
+        backend.pre_tokenizer = step
+        assert ascii_pattern(json.loads(backend.to_str())) is None

@@ -6,6 +6,7 @@ The recipe key `tokenizer.split` is one of the names below or a regular expressi
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -109,3 +110,40 @@ def byte_level_pattern(tokenizer_json: Mapping[str, Any]) -> str | None:
         return None
     pattern = steps[0]["pattern"].get("Regex")
     return pattern if steps[0]["behavior"] == "Isolated" and not steps[0]["invert"] else None
+
+
+def maps_bytes(tokenizer_json: Mapping[str, Any]) -> bool:
+    """Whether the last step of the pretokenizer only maps bytes to characters."""
+    steps = flat_steps(tokenizer_json.get("pre_tokenizer"), "pretokenizers")
+    return bool(steps) and json.dumps(steps[-1], sort_keys=True) == BYTE_LEVEL_STEP
+
+
+def ascii_pattern(tokenizer_json: Mapping[str, Any]) -> re.Pattern[str] | None:
+    """Return a pattern whose matches in an ASCII text are the words of the text, before bytes are mapped to characters.
+
+    Python's `re` does not support `\\p{L}` and `\\p{N}`, but in an ASCII text, they only match letters and digits. Returns None
+    unless the pretokenizer is one of the named splits, optionally followed by the step that maps bytes to characters.
+    """
+    steps = flat_steps(tokenizer_json.get("pre_tokenizer"), "pretokenizers")
+    if maps_bytes(tokenizer_json):
+        steps = steps[:-1]
+    if len(steps) != 1 or steps[0]["type"] != "Split" or steps[0]["behavior"] != "Isolated" or steps[0]["invert"]:
+        return None
+    pattern = steps[0]["pattern"].get("Regex", "")
+    named = {split_pattern(split, digits) for split in SPLIT_NAMES for digits in range(1, 10)}
+    return re.compile(_replace_unicode_classes(pattern), re.ASCII) if pattern in named else None
+
+
+def _replace_unicode_classes(pattern: str) -> str:
+    in_class = False
+    parts = []
+    for part in re.findall(r"\\p\{[LN]\}|\\.|.", pattern):
+        if part in _ASCII_CLASSES:
+            part = _ASCII_CLASSES[part] if in_class else f"[{_ASCII_CLASSES[part]}]"
+        elif part in "[]":
+            in_class = part == "["
+        parts.append(part)
+    return "".join(parts)
+
+
+_ASCII_CLASSES = {r"\p{L}": "A-Za-z", r"\p{N}": "0-9"}
