@@ -9,7 +9,7 @@ import pytest
 
 from tinylm.embedding import kernels
 from tinylm.embedding.encoded_text import EncodedText, Vocabulary
-from tinylm.embedding.word2vec import SEGMENT_LENGTH, SEGMENTS, Word2Vec, Workspaces, alias_table
+from tinylm.embedding.word2vec import SEGMENT_LENGTHS, SEGMENTS, Word2Vec, Workspaces, alias_table
 from tinylm.recipe.embeddings import CbowMethod, SkipGramMethod
 
 V, D = 5, 6
@@ -63,7 +63,7 @@ def test_training_on_a_segment_applies_the_published_update(cbow: bool) -> None:
     generator = np.random.default_rng(0)
     inputs, outputs = generator.standard_normal((2, V, D)).astype(np.float32)
     ids = np.array([0, 1, 2, -1, 3, 1, 4, -1, 2], np.int32)
-    memory = Workspaces(V, D, 2)
+    memory = Workspaces(V, D, 2, 16)
     train = kernels.cbow if cbow else kernels.skip_gram
     workspace = kernels.Workspace(*memory.of_segment(0))
     loss, terms, used_inputs, used_outputs = train(ids, np.uint64(1), inputs, outputs, constants(1), workspace, np.float32(0.1))
@@ -80,6 +80,21 @@ def test_training_on_a_segment_applies_the_published_update(cbow: bool) -> None:
     assert loss > 0
     assert (memory.input_slots == -1).all()
     assert (memory.output_slots == -1).all()
+
+
+@pytest.mark.parametrize(("cbow", "sharing"), [(True, kernels.CBOW_SHARING), (False, 1)])
+def test_consecutive_positions_share_negatives_only_in_cbow(cbow: bool, sharing: int) -> None:
+    inputs, outputs = np.zeros((2, 40, D), np.float32)
+    memory = Workspaces(40, D, 3, 16)
+    uniform = constants(2)._replace(
+        keep=np.ones(40, np.float32), accept=np.ones(40, np.float32), alias=np.arange(40, dtype=np.int32), negatives=3
+    )
+    train = kernels.cbow if cbow else kernels.skip_gram
+    workspace = kernels.Workspace(*memory.of_segment(0))
+    train(np.arange(16, dtype=np.int32), np.uint64(1), inputs, outputs, uniform, workspace, np.float32(0))
+    drawn = memory.output_rows[0][memory.negatives[0]]  # a negative that equals the position's own word is marked by -1
+    equal = (drawn[1:] == drawn[:-1]) | (memory.negatives[0][1:] < 0) | (memory.negatives[0][:-1] < 0)
+    assert [bool(row.all()) for row in equal] == [position % sharing != 0 for position in range(1, 16)]
 
 
 def test_merged_changes_are_between_their_mean_and_their_sum() -> None:
@@ -133,7 +148,7 @@ def trained(text: EncodedText, cbow: bool, threads: int, seed: int = 1, epochs: 
 
 @pytest.mark.parametrize("cbow", [False, True])
 def test_the_result_depends_on_the_seed_but_not_on_the_number_of_threads(paired_ids: EncodedText, cbow: bool) -> None:
-    assert paired_ids.length > 3 * SEGMENTS * SEGMENT_LENGTH
+    assert paired_ids.length > 3 * SEGMENTS * max(SEGMENT_LENGTHS.values())
     one, three, eleven = (trained(paired_ids, cbow, threads) for threads in (1, 3, 11))
     for other in (three, eleven):
         assert one.inputs.tobytes() == other.inputs.tobytes()

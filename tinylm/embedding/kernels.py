@@ -18,6 +18,8 @@ from tinylm.jit import cached_njit
 SIGMOID_RANGE = 8
 SIGMOID_STEPS = 64
 """The sigmoid is tabulated from -8 to 8 in steps of 1/64. Scores outside this range are clamped."""
+CBOW_SHARING = 4
+"""In CBOW, this many consecutive positions use the same negatives."""
 _HALF = np.float32(0.5)
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
 """Allow sums to be reordered so that they can be vectorized. NaN and infinity are kept so that divergence can be detected."""
@@ -96,11 +98,14 @@ def _copy_row(row: Any, slots: Any, rows: Any, uses: Any, copies: Any, table: An
 
 
 @_compiled
-def _prepare(ids: Any, state: Any, inputs: Any, outputs: Any, constants: Any, work: Any) -> Any:
+def _prepare(ids: Any, state: Any, inputs: Any, outputs: Any, constants: Any, work: Any, sharing: int) -> Any:
     """Subsample the segment, draw the negatives and copy the table rows that will be used.
 
-    Returns the number of positions kept, followed by the numbers of input and output slots in use.
+    `sharing` consecutive positions use the same negatives. Returns the number of positions kept, followed by the numbers of input
+    and output slots in use.
     """
+    drawn = np.empty(constants.negatives, np.int64)
+    uses_left = 0
     kept = 0
     for id in ids:
         if id < 0 or _to_unit_interval(_random(state)) < constants.keep[id]:
@@ -113,11 +118,17 @@ def _prepare(ids: Any, state: Any, inputs: Any, outputs: Any, constants: Any, wo
             continue
         input_count = _copy_row(id, work.input_slots, work.input_rows, work.input_uses, work.inputs, inputs, input_count)
         output_count = _copy_row(id, work.output_slots, work.output_rows, work.output_uses, work.outputs, outputs, output_count)
+        if uses_left == 0:
+            uses_left = sharing
+            for k in range(constants.negatives):
+                bits = _random(state)
+                row = np.int64(((bits >> np.uint64(32)) * np.uint64(len(constants.alias))) >> np.uint64(32))
+                if _to_unit_interval(bits) >= constants.accept[row]:
+                    row = constants.alias[row]
+                drawn[k] = row
+        uses_left -= 1
         for k in range(constants.negatives):
-            bits = _random(state)
-            row = np.int64(((bits >> np.uint64(32)) * np.uint64(len(constants.alias))) >> np.uint64(32))
-            if _to_unit_interval(bits) >= constants.accept[row]:
-                row = constants.alias[row]
+            row = drawn[k]
             if row == id:
                 work.negatives[position, k] = -1
             else:
@@ -183,7 +194,7 @@ def skip_gram(ids: Any, seed: Any, inputs: Any, outputs: Any, constants: Any, wo
     """
     D = inputs.shape[1]
     state = np.array([seed], dtype=np.uint64)
-    kept, input_count, output_count = _prepare(ids, state, inputs, outputs, constants, work)
+    kept, input_count, output_count = _prepare(ids, state, inputs, outputs, constants, work, 1)
     words, inputs_copy, outputs_copy = work.kept, work.inputs, work.outputs
     slots, input_uses, output_uses = work.input_slots, work.input_uses, work.output_uses
     sigmoid, log_sigmoid = constants.sigmoid, constants.log_sigmoid
@@ -237,11 +248,12 @@ def skip_gram(ids: Any, seed: Any, inputs: Any, outputs: Any, constants: Any, wo
 def cbow(ids: Any, seed: Any, inputs: Any, outputs: Any, constants: Any, work: Any, lr: Any) -> Any:
     """Train CBOW with negative sampling on one segment (Mikolov et al. 2013).
 
+    Consecutive positions share negatives (see `CBOW_SHARING`), because copying their rows takes as long as training on them.
     Returns the same values as `skip_gram`, but counts positions instead of pairs.
     """
     D = inputs.shape[1]
     state = np.array([seed], dtype=np.uint64)
-    kept, input_count, output_count = _prepare(ids, state, inputs, outputs, constants, work)
+    kept, input_count, output_count = _prepare(ids, state, inputs, outputs, constants, work, CBOW_SHARING)
     words, inputs_copy, outputs_copy = work.kept, work.inputs, work.outputs
     slots, input_uses, output_uses = work.input_slots, work.input_uses, work.output_uses
     sigmoid, log_sigmoid = constants.sigmoid, constants.log_sigmoid

@@ -20,8 +20,8 @@ from tinylm.recipe.embeddings import CbowMethod, SkipGramMethod
 
 SEGMENTS = 8
 """Segments per step, and the maximum number of threads."""
-SEGMENT_LENGTH = 1024
-"""Ids per segment."""
+SEGMENT_LENGTHS = {"skipgram": 128, "cbow": 256}
+"""Ids per segment, by method. With longer segments, training is faster, but learns worse vectors from a short text."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,12 @@ class Word2Vec:
         self.inputs = ((generator.random((names, width), dtype=np.float32) - 0.5) / width).astype(np.float32)
         self.outputs = np.zeros((names, width), dtype=np.float32)
         self._constants = self._training_constants(text.vocabulary.counts)
-        self._workspaces = Workspaces(names, width, method.negatives)
+        self._segment_length = SEGMENT_LENGTHS[method.name]
+        self._workspaces = Workspaces(names, width, method.negatives, self._segment_length)
         self._segment_workspaces = [self._kernels.Workspace(*self._workspaces.of_segment(segment)) for segment in range(SEGMENTS)]
         self._train_segment = self._kernels.skip_gram if isinstance(method, SkipGramMethod) else self._kernels.cbow
         self._train(np.empty(0, np.int32), 0, np.float32(0))  # compile now, so that compilation does not count as training time
-        self.steps_per_epoch = -(-text.length // (SEGMENTS * SEGMENT_LENGTH))
+        self.steps_per_epoch = -(-text.length // (SEGMENTS * self._segment_length))
         self.steps = self.steps_per_epoch * method.epochs
 
     def _training_constants(self, counts: np.ndarray) -> Any:
@@ -84,8 +85,9 @@ class Word2Vec:
     def step(self, number: int) -> StepResult:
         """Run step `number`, from 0 to `steps` - 1."""
         epoch, within = divmod(number, self.steps_per_epoch)
-        ids = self._text.read(within * SEGMENTS * SEGMENT_LENGTH, SEGMENTS * SEGMENT_LENGTH)
-        done = epoch * self._text.length + within * SEGMENTS * SEGMENT_LENGTH
+        step_length = SEGMENTS * self._segment_length
+        ids = self._text.read(within * step_length, step_length)
+        done = epoch * self._text.length + within * step_length
         method = self._method
         lr = method.lr - (method.lr - method.lr_end) * done / (self._text.length * method.epochs)
         loss, terms = self._train(ids, number, np.float32(lr))
@@ -93,13 +95,13 @@ class Word2Vec:
 
     def _train(self, ids: np.ndarray, number: int, lr: np.float32) -> tuple[float, int]:
         """Train on the ids of one step. Return the summed loss and the number of terms in the sum."""
-        workspaces, threads = self._workspaces, self._threads
+        workspaces, threads, length = self._workspaces, self._threads, self._segment_length
+        seeds = np.random.SeedSequence([self._seed, number]).generate_state(SEGMENTS, np.uint64)
 
         def train_segment(segment: int) -> tuple[float, int, int, int]:
-            segment_ids = ids[segment * SEGMENT_LENGTH : (segment + 1) * SEGMENT_LENGTH]
-            seed = np.uint64(np.random.SeedSequence([self._seed, number, segment]).generate_state(1, np.uint64)[0])
+            segment_ids = ids[segment * length : (segment + 1) * length]
             result: tuple[float, int, int, int] = self._train_segment(
-                segment_ids, seed, self.inputs, self.outputs, self._constants, self._segment_workspaces[segment], lr
+                segment_ids, seeds[segment], self.inputs, self.outputs, self._constants, self._segment_workspaces[segment], lr
             )
             return result
 
@@ -133,10 +135,10 @@ class Word2Vec:
 class Workspaces:
     """Scratch memory for all segments, allocated once. The arrays for `kernels.Workspace` have one row per segment."""
 
-    def __init__(self, names: int, width: int, negatives: int) -> None:
-        inputs, outputs = min(names, SEGMENT_LENGTH), min(names, SEGMENT_LENGTH * (negatives + 1))
-        self.kept = np.empty((SEGMENTS, SEGMENT_LENGTH), np.int32)
-        self.negatives = np.empty((SEGMENTS, SEGMENT_LENGTH, negatives), np.int32)
+    def __init__(self, names: int, width: int, negatives: int, length: int) -> None:
+        inputs, outputs = min(names, length), min(names, length * (negatives + 1))
+        self.kept = np.empty((SEGMENTS, length), np.int32)
+        self.negatives = np.empty((SEGMENTS, length, negatives), np.int32)
         self.input_slots = np.full((SEGMENTS, names), -1, np.int32)
         self.output_slots = np.full((SEGMENTS, names), -1, np.int32)
         self.inputs = np.empty((SEGMENTS, inputs, width), np.float32)
