@@ -69,7 +69,12 @@ def test_newton_schulz_flops_match_a_hand_calculation() -> None:
 
 
 def test_longer_sequences_have_larger_query_blocks() -> None:
-    assert [query_blocks(2, 3, length) for length in (1, 64, 191, 192, 256, 768, 1024)] == [6, 12, 36, 18, 24, 18, 24]
+    assert [query_blocks(2, 3, length, 64) for length in (200, 256, 768, 1024)] == [24, 24, 18, 24]
+
+
+def test_short_sequences_have_no_16_bit_query_blocks() -> None:
+    assert [query_blocks(2, 3, length, width) for length, width in ((1, 64), (192, 64), (384, 32))] == [0, 0, 0]
+    assert query_blocks(2, 3, 193, 64) == 24
 
 
 def test_the_speed_of_this_machine_is_measured() -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from tinylm.cost.memory import attends_in_float32
 from tinylm.cpu_load import available_cores, cpu_share
 from tinylm.recipe.values import ComputeDtype
 
@@ -157,8 +158,10 @@ def kernels(layers: int, ngram_orders: int, precision: ComputeDtype, *, compiled
     return layers * block + ngram_orders * TABLE_KERNELS + OUTSIDE_KERNELS
 
 
-def query_blocks(sequences: int, heads: int, context_length: int) -> int:
-    """Return the number of query blocks per layer in the backward pass of torch's CPU attention (`FlashAttentionKernel.cpp`)."""
+def query_blocks(sequences: int, heads: int, context_length: int, head_width: int) -> int:
+    """Return the number of 16-bit query blocks per layer in the backward pass of torch's attention (`FlashAttentionKernel.cpp`)."""
+    if attends_in_float32(context_length, head_width):
+        return 0
     size = 256 if context_length >= 768 else 64 if context_length >= 192 else 32
     return sequences * heads * math.ceil(context_length / size)
 

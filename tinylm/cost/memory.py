@@ -50,6 +50,8 @@ _EVALUATION_WIDTHS = 32
 """Upper bound on the number of float32 values per token and channel that an evaluation stores at a time: the residual stream, a
 wide feed-forward layer, and queries, keys and values."""
 
+FLOAT32_ATTENTION_ELEMENTS = 12288
+"""See `attends_in_float32`."""
 ZOLOTAREV_BATCH = 6
 """Maximum number of matrices that Muon orthogonalizes together with a Zolotarev function. Larger batches are not faster."""
 LAPACK_ROWS = 48
@@ -125,6 +127,14 @@ def _has_value_embedding(model: TransformerSection, layer: int) -> bool:
     return layer < model.value_embeddings or layer >= model.n_layer - model.value_embeddings
 
 
+def attends_in_float32(length: int, head_width: int) -> bool:
+    """Whether attention over `length` keys computes in float32 although its inputs are bfloat16, in training on a CPU.
+
+    torch's gradient of attention in bfloat16 takes up to five times as long for short sequences.
+    """
+    return length * head_width <= FLOAT32_ATTENTION_ELEMENTS
+
+
 def _attention_bytes(model: TransformerSection, config: PassConfig, layer: int) -> int:
     """Return the bytes that attention in block `layer` saves, excluding its norm and the input of its first projection."""
     e, heads, kv_heads = config.e, model.n_head, model.kv_heads
@@ -134,14 +144,21 @@ def _attention_bytes(model: TransformerSection, config: PassConfig, layer: int) 
     mixes_values = model.value_residual and layer > 0
     fused = not model.attention_dropout_p or config.on_gpu  # CPUs have no fused attention with dropout
     # If any view of the query, key and value projection is saved, the whole projection is.
-    views = not (model.qk_norm or rotated) and fused  # attention saves queries and keys as views of the projection
+    in_float32 = (
+        fused and config.precision == "bf16" and not config.on_gpu and attends_in_float32(model.context_length, model.head_width)
+    )
+    in_dtype = fused and not in_float32
+    views = not (model.qk_norm or rotated) and in_dtype  # attention saves queries and keys as views of the projection
     by_norm = model.qk_norm and config.on_gpu
-    saved_values = fused or model.value_residual  # saved by attention or for a value residual
+    saved_values = in_dtype or model.value_residual  # saved by attention or for a value residual
     total = (qk + keys) * e if views or by_norm or (saved_values and not _has_value_embedding(model, layer)) else 0
     if model.qk_norm:
         total += (heads + kv_heads) * (4 if config.on_gpu else e)
         total += qk * e if has_gain or not config.on_gpu else 0
-    if fused:
+    if in_float32:
+        total += 4 * (qk + keys + queries + heads)
+        total += 4 * model.context_length if config.document_mask else 0
+    elif fused:
         total += qk * e if rotated or (model.qk_norm if config.on_gpu else has_gain) else 0
         total += keys * e if mixes_values else 0
         total += 4 * heads

@@ -224,7 +224,9 @@ class TransformerCost(NetworkCost[TransformerSection]):
         return (12 if self.model.bidirectional else 6) * self.scores * self.model.head_width
 
     def query_blocks(self, sequences: int) -> int:
-        return self.model.n_layer * cpu.query_blocks(sequences, self.model.n_head, math.ceil(self.size.length))
+        return self.model.n_layer * cpu.query_blocks(
+            sequences, self.model.n_head, math.ceil(self.size.length), self.model.head_width
+        )
 
     def kernels(self, precision: ComputeDtype, *, compiled: bool) -> float:
         return cpu.kernels(self.model.n_layer, len(self.model.ngram_embeddings), precision, compiled=compiled)
@@ -409,9 +411,9 @@ class EncoderDecoderCost(TranslatorCost[EncoderDecoderSection]):
 
     def query_blocks(self, sequences: int) -> int:
         source, target = math.ceil(self.size.source_length), math.ceil(self.size.length)
-        return self.model.n_layer * cpu.query_blocks(sequences, self.model.n_head, source) + (
-            2 * self.model.decoder_layers * cpu.query_blocks(sequences, self.model.n_head, target)
-        )
+        heads, width = self.model.n_head, self._decoder.head_width
+        in_encoder = self.model.n_layer * cpu.query_blocks(sequences, heads, source, width)
+        return in_encoder + 2 * self.model.decoder_layers * cpu.query_blocks(sequences, heads, target, width)
 
     def kernels(self, precision: ComputeDtype, *, compiled: bool) -> float:
         blocks = self.model.n_layer + round((1 + _CROSS_ATTENTION_SHARE) * self.model.decoder_layers)

@@ -21,11 +21,9 @@ from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tinylm.cost.memory import FUSED_LOSS_FROM, LOSS_ROWS_FP16, fused_loss_rows
+from tinylm.cost.memory import FUSED_LOSS_FROM, LOSS_ROWS_FP16, attends_in_float32, fused_loss_rows
 from tinylm.errors import first_line
 
-_MAX_ELEMENTS_IN_FLOAT32 = 12288
-"""In training on a CPU, attention computes in float32 although its inputs are bfloat16, if S * D is at most this number."""
 _ROWS_MULTIPLE = 64
 """In bfloat16 on a CPU, the number of rows with a target is rounded up to a multiple of this number."""
 _WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -120,23 +118,17 @@ def fused_attention(
     """softmax(q k' / sqrt(D)) v: queries (B, H, T, D), keys and values (B, K, S, D) -> (B, H, T, D), in the dtype of `q`.
 
     `mask` broadcasts to (B, H, T, S); True means that a query attends to a key. `grouped`: K divides H, and H / K query heads share
-    a key head.
+    a key head. See `attends_in_float32` for short sequences in bfloat16.
     """
-    if not _gradient_is_faster_in_float32(q, k):
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=grouped)
+    attend = functools.partial(
+        F.scaled_dot_product_attention, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=grouped
+    )
+    in_training = torch.is_grad_enabled() and q.requires_grad
+    in_bfloat16 = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if not (in_training and in_bfloat16 and attends_in_float32(k.shape[2], k.shape[3])):
+        return attend(q, k, v)
     with torch.autocast(q.device.type, enabled=False):
-        attended = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, dropout, is_causal, enable_gqa=grouped)
-    return attended.to(q.dtype)
-
-
-def _gradient_is_faster_in_float32(q: Tensor, k: Tensor) -> bool:
-    """Whether torch's attention and its gradient are faster in float32 than in bfloat16 (`q.dtype`).
-
-    On a CPU with bfloat16 units, the gradient of short sequences takes up to five times as long in bfloat16.
-    """
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not torch.is_grad_enabled() or not q.requires_grad:
-        return False
-    return k.shape[2] * k.shape[3] <= _MAX_ELEMENTS_IN_FLOAT32
+        return attend(q.float(), k.float(), v.float()).to(q.dtype)
 
 
 def _rotate_pairs(x: Tensor, cosines: Tensor, sines: Tensor, direction: int) -> Tensor:
