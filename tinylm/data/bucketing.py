@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import numpy as np
@@ -38,7 +39,7 @@ def make_order(lengths: np.ndarray, batch_size: int, batch_tokens: int | None, s
     return BucketedOrder(lengths, batch_size, seed) if batch_tokens is None else TokenOrder(lengths, batch_size, batch_tokens, seed)
 
 
-class _EpochOrder:
+class _EpochOrder(ABC):
     """Looks up examples in the order of their epoch, and caches the order of the last epoch."""
 
     examples_per_epoch: int
@@ -60,8 +61,9 @@ class _EpochOrder:
             last = self._last = (epoch, self._compute(epoch))
         return last[1]
 
+    @abstractmethod
     def _compute(self, epoch: int) -> np.ndarray:
-        raise NotImplementedError
+        """Return the order of the examples in an epoch."""
 
 
 class BucketedOrder(_EpochOrder):

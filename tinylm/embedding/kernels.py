@@ -248,7 +248,7 @@ def skip_gram(ids: Any, seed: Any, inputs: Any, outputs: Any, constants: Any, wo
 def cbow(ids: Any, seed: Any, inputs: Any, outputs: Any, constants: Any, work: Any, lr: Any) -> Any:
     """Train CBOW with negative sampling on one segment (Mikolov et al. 2013).
 
-    Consecutive positions share negatives (see `CBOW_SHARING`), because copying their rows takes as long as training on them.
+    Consecutive positions share negatives (see `CBOW_SHARING`), so that fewer rows have to be copied.
     Returns the same values as `skip_gram`, but counts positions instead of pairs.
     """
     D = inputs.shape[1]
