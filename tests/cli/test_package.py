@@ -47,7 +47,7 @@ def commands(page: str) -> Iterator[str]:
         line = re.sub(r'^\s*@echo "(.*)"$', r"\1", line).replace('\\"', '"')
         match = re.match(r"^(?:    |\t|\$ |  |# |# [^`]*: )(tinylm [a-z].*)", line)
         if match and not re.search(r"[\[{]|\.\.\.|@@|\b[A-Z]+\b", match[1]):
-            yield re.split(" [|>] ", match[1])[0]
+            yield re.split(" [|<>] ", match[1])[0]
 
 
 LINES = sorted({(page, line) for page in PAGES for line in commands(page)})
