@@ -2,6 +2,7 @@
 
     python benchmarks/ablation.py SOURCE [--recipe shakespeare-char] [--steps 400] [--seeds 3] [--only NAME ...] [--set K=V ...]
 
+With `--recipe masked-docs`, the preset is that of encoders, and the variants include other mask rates.
 The script prints the held-out loss of the baseline. For each variant, it prints the mean loss difference from the baseline with
 the same seed, the standard error of this mean, and the ratio of the training times (variant / baseline). Differences below two
 standard errors are not significant. Other load on the machine affects the times but not the losses.
@@ -49,14 +50,24 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "AdamW instead of Muon, lr 2e-3": ("training.optimizer={name: adamw, lr: 2e-3}",),
     "AdamW instead of Muon, lr 5e-3": ("training.optimizer={name: adamw, lr: 5e-3}",),
 }
+MASKED_VARIANTS: dict[str, tuple[str, ...]] = {
+    "mask rate 0.15": ("objective.rate=0.15",),
+    "mask rate 0.3": ("objective.rate=0.3",),
+    "mask rate 0.3 to 0.15": ("objective.rate=[0.3, 0.15]",),
+    "always [MASK]": ("objective.replace={mask: 1.0, random: 0.0, keep: 0.0}",),
+}
+
+
+def recipe_path(recipe: str) -> Path:
+    path = RECIPES / f"{recipe}.yaml"
+    return path if path.exists() else Path(recipe)
 
 
 def train(recipe: str, settings: list[str]) -> tuple[float, float]:
     """Train once and return (held-out loss, training time in seconds)."""
     settings = ["evaluation.every=1000000", "checkpoint.every=1000000", "sampling.every=null", *settings]
-    path = RECIPES / f"{recipe}.yaml"
     with tempfile.TemporaryDirectory() as folder:
-        result = pipeline.train(load(path if path.exists() else Path(recipe), settings), Path(folder, "run"), device="cpu")
+        result = pipeline.train(load(recipe_path(recipe), settings), Path(folder, "run"), device="cpu")
     loss = result.metrics["loss"]
     assert loss is not None
     return loss, result.train_seconds
@@ -82,8 +93,10 @@ def main() -> None:
         f"baseline: loss {statistics.mean(losses):.4f} (standard deviation {deviation:.4f}), training time {baseline[0][1]:.1f} s",
         flush=True,
     )
+    is_masked = load(recipe_path(arguments.recipe), common).objective.name == "masked_lm"
+    variants = VARIANTS | (MASKED_VARIANTS if is_masked else {})
     print("\nloss difference from the baseline (mean +- standard error) and training time (variant / baseline)")
-    for name, variant in VARIANTS.items():
+    for name, variant in variants.items():
         if arguments.only and not any(word in name for word in arguments.only):
             continue
         results = [train(arguments.recipe, [*common, *variant, f"seed={seed}"]) for seed in seeds]
