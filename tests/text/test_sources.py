@@ -185,13 +185,14 @@ def test_a_corrupt_gzip_file_is_an_error(tmp_path: Path) -> None:
     assert "a.txt.gz: the file is damaged or truncated" in error_for(write(tmp_path / "a.txt.gz", bytes(content)))
 
 
-def test_a_folder_is_walked_in_sorted_order_without_hidden_and_binary_files(tmp_path: Path) -> None:
+def test_a_folder_is_walked_in_sorted_order_without_hidden_empty_and_binary_files(tmp_path: Path) -> None:
     for name in ("b.txt", "a/z.md", "a/b/c.rst", "README"):
         write(tmp_path / name, name)
     write(tmp_path / "a.jsonl", json_lines("line 1", "line 2"))
     write(tmp_path / "c.txt.gz", gzip.compress(b"compressed"))
     for hidden in (".hidden", ".git/config", "a/.b/c.txt"):
         write(tmp_path / hidden, "hidden")
+    write(tmp_path / "__init__.py", "")
     binary = [write(tmp_path / "image.png", b"\x89PNG\x00\x01"), write(tmp_path / "a/latin1.txt", b"caf\xe9 caf\xe9")]
     (tmp_path / "broken").symlink_to("nowhere")
     if hasattr(os, "mkfifo"):

@@ -325,11 +325,11 @@ def _folders(paths: Iterable[str], seen: set[str]) -> Iterator[str]:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    """Yield the files in a folder and its subfolders in sorted order. Hidden files and folders are skipped."""
+    """Yield the files in a folder and its subfolders in sorted order. Empty files, hidden files and hidden folders are skipped."""
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths = (os.path.join(parent, name) for name in sorted(files) if not name.startswith("."))
-        yield from filter(os.path.isfile, paths)  # skips pipes and broken links
+        yield from (path for path in paths if os.path.isfile(path) and os.path.getsize(path))  # pipes and broken links are no files
 
 
 def require_used_format(corpora: Sequence[Corpus]) -> None:
