@@ -40,20 +40,24 @@ def runs(
     csv: bool = typer.Option(False, "--csv", help="Print comma-separated values without rounding."),
     json: bool = JSON,
 ) -> None:
-    """List runs with their steps, age and size, and the held-out metrics of their best step."""
+    """List runs with their steps, age and size, and the held-out metrics of their best step.
+
+    The runs of a sweep, ladder or scaling experiment in the folder are listed as NAME/RUN.
+    """
     from tinylm.errors import InputError
     from tinylm.evaluation.metrics import LANGUAGE_MODEL, METRICS
-    from tinylm.run import all_runs
+    from tinylm.run import all_runs, experiment_runs
 
     if folder != "runs" and not Path(folder).is_dir():
         raise InputError("no such folder", where=folder)
-    listed = [_summary(run) for run in all_runs(Path(folder))]
+    found = [*all_runs(Path(folder)), *experiment_runs(Path(folder))]
+    listed = [_summary(run) for run in sorted(found, key=lambda run: run.path)]
     measured = dict.fromkeys(metric for summary in listed if summary.best is not None for metric, _ in summary.best.items())
     columns = list(measured) or list(LANGUAGE_MODEL)
     filters = [run_queries.parse_filter(text) for text in filter_ or ()]
     shown = [key.strip() for key in columns_.split(",")] if columns_ is not None else []
     uses_recipes = bool(filters or shown or sort)
-    rows = [_row(summary, columns, with_recipe=uses_recipes) for summary in listed]
+    rows = [_row(summary, Path(folder), columns, with_recipe=uses_recipes) for summary in listed]
     run_queries.check_keys(rows, [condition.key for condition in filters], "--filter")
     run_queries.check_keys(rows, shown, "--columns")
     rows = [row for row in rows if all(condition.accepts(row) for condition in filters)]
@@ -162,11 +166,11 @@ def _best_evaluation(run: Run) -> tuple[int | None, Metrics | None]:
     return (None, None) if index is None else evaluations[index]
 
 
-def _row(summary: _Summary, columns: list[Metric], *, with_recipe: bool) -> run_queries.Row:
+def _row(summary: _Summary, folder: Path, columns: list[Metric], *, with_recipe: bool) -> run_queries.Row:
     values = {} if summary.best is None else summary.best.values
     run = summary.run
     return {
-        "name": run.name,
+        "name": run.path.relative_to(folder).as_posix(),
         "run": str(run.path),
         "step": summary.step,
         "best_step": summary.best_step,

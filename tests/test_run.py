@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tinylm.errors import InputError
 from tinylm.pipeline import train
-from tinylm.run import FORMAT, Checkpoint, Run, all_runs
+from tinylm.run import FORMAT, Checkpoint, Run, all_runs, experiment_runs
 
 CPU = torch.device("cpu")
 
@@ -144,6 +144,21 @@ def test_find_returns_the_run_in_the_environment_or_the_most_recently_trained_ru
     (tmp_path / "runs" / "copy" / "heldout").symlink_to(tmp_path / "outside")
     with pytest.raises(InputError, match="is a link to a target outside the run folder"):  # the same error as `Run.open`
         Run.find()
+
+
+def test_the_default_run_is_never_a_run_of_a_sweep(copied: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "tiny-sweep" / "results").mkdir(parents=True)
+    shutil.copytree(copied.path, tmp_path / "runs" / "tiny-sweep" / "seed=1")
+    assert [str(run.path) for run in experiment_runs(Path("runs"))] == ["runs/tiny-sweep/seed=1"]
+    os.utime(tmp_path / "runs" / "copy" / "metrics.jsonl", (1, 1))
+    assert Run.find().name == "copy"
+    shutil.rmtree(copied.path)
+    message = r"the runs are in runs/tiny-sweep \(select one with --run; `tinylm runs runs/tiny-sweep` lists them"
+    with pytest.raises(InputError, match=message):
+        Run.find()
+    with pytest.raises(InputError, match=r"no recipe\.yaml.*`tinylm runs runs/tiny-sweep` lists the runs"):
+        Run.open("runs/tiny-sweep")
 
 
 def test_find_without_runs_suggests_how_to_train_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import stat
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -281,7 +282,8 @@ class Run:
         if not path.exists():
             raise InputError("no such run", where=str(path), hint="`tinylm runs` lists the runs in runs/")
         if not (path / "recipe.yaml").exists():
-            raise InputError("not a run folder: it has no recipe.yaml", where=str(path))
+            hint = f"`tinylm runs {shlex.quote(str(path))}` lists the runs in this folder" if any(all_runs(path)) else None
+            raise InputError("not a run folder: it has no recipe.yaml", where=str(path), hint=hint)
         if not embeddings and (path / EMBEDDINGS_MARKER).exists():
             raise InputError("contains embeddings, not a language model", where=str(path), hint="use `tinylm embed`")
         refuse_external_links(path)
@@ -298,14 +300,18 @@ class Run:
 
     @classmethod
     def find(cls) -> Run:
-        """Open the run in TINYLM_RUN or, if that is not set, the most recently trained run in runs/.
+        """Open the run in TINYLM_RUN or, if that is not set, the most recently trained run directly inside runs/.
 
+        Runs of sweeps, ladders and scaling experiments are not considered, because the newest of them is rarely the best one.
         Raises `InputError` if there is no run or `open` rejects it.
         """
         if named := os.environ.get("TINYLM_RUN"):
             return cls.open(named)
         runs = list(all_runs(RUNS))
         if not runs:
+            if (nested := next(experiment_runs(RUNS), None)) is not None:
+                hint = f"select one with --run; `tinylm runs {shlex.quote(str(nested.path.parent))}` lists them"
+                raise InputError(f"there is no default run: the runs are in {nested.path.parent}", hint=hint)
             raise InputError(
                 "there are no runs in runs/ yet", hint="train one with `tinylm train quickstart`, or select one with --run"
             )
@@ -584,3 +590,9 @@ def all_runs(folder: Path) -> Iterator[Run]:
     for path in sorted(folder.glob("*/recipe.yaml")):
         if not (path.parent / EMBEDDINGS_MARKER).exists():
             yield Run(path.parent)
+
+
+def experiment_runs(folder: Path) -> Iterator[Run]:
+    """Yield the runs of the sweeps, ladders and scaling experiments inside `folder`. Their folders contain `results/`."""
+    for results in sorted(folder.glob("*/results")):
+        yield from all_runs(results.parent)

@@ -65,6 +65,23 @@ def test_the_selected_columns_are_shown_and_exported(run_cli: RunCli, folder: Pa
     assert everything[0]["step"] == "20"
 
 
+def test_the_runs_of_a_sweep_are_listed_with_the_name_of_its_folder(
+    run_cli: RunCli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "tiny-sweep" / "results").mkdir(parents=True)
+    (folder / "second").rename(folder / "tiny-sweep" / "seed=7")
+    (folder / "unrelated" / "first").mkdir(parents=True)
+    (folder / "unrelated" / "first" / "recipe.yaml").touch()
+    assert names(run_cli, folder) == ["first", "tiny-sweep/seed=7"]
+    assert names(run_cli, folder / "tiny-sweep") == ["seed=7"]
+    (folder / "first").rename(folder / "tiny-sweep" / "seed=1")
+    monkeypatch.chdir(folder.parent)
+    listed = run_cli("runs", "--sort", "val_loss", "--filter", "model.n_embd>=32", "--json").json
+    assert [(row["name"], row["run"]) for row in listed] == [
+        (f"tiny-sweep/{name}", f"runs/tiny-sweep/{name}") for name in ("seed=1", "seed=7")
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
