@@ -35,7 +35,10 @@ def runs(
         help="List only the runs that satisfy a condition such as 'model.n_embd>=192'. Can be repeated.",
     ),
     columns_: str | None = typer.Option(
-        None, "--columns", metavar="KEY,KEY", help="Comma-separated columns, metrics and recipe keys to show after the name."
+        None,
+        "--columns",
+        metavar="KEY,KEY",
+        help="Comma-separated columns, metrics and recipe keys to show after the name. With --json, they are added to each run.",
     ),
     csv: bool = typer.Option(False, "--csv", help="Print comma-separated values without rounding."),
     json: bool = JSON,
@@ -48,6 +51,8 @@ def runs(
     from tinylm.evaluation.metrics import LANGUAGE_MODEL, METRICS
     from tinylm.run import all_runs, experiment_runs
 
+    if csv and json:
+        raise InputError("these options are mutually exclusive", where="--csv, --json")
     if folder != "runs" and not Path(folder).is_dir():
         raise InputError("no such folder", where=folder)
     found = [*all_runs(Path(folder)), *experiment_runs(Path(folder))]
@@ -66,10 +71,13 @@ def runs(
         metric = METRICS.get(sort.removeprefix("best_").removeprefix("val_"))
         rows = run_queries.sort_rows(rows, sort, higher_is_better=metric is not None and not metric.lower_is_better)
     if json:
+        for row in rows:
+            row.update({key: run_queries.lookup(row, key)[0] for key in shown})
         print_json([{key: value for key, value in row.items() if key != "recipe"} for row in rows])
         return
     if csv:
-        _print_csv(rows, shown or [key for key in (rows[0] if rows else ()) if key not in ("name", "recipe", "problem")])
+        best = [f"best_{metric.key}" for metric in columns]
+        _print_csv(rows, shown or ["run", "step", "best_step", *best, "age_seconds", "bytes"])
         return
     if not rows and filters and listed:
         stderr_console().print_line("no run matches the filters", "dim")

@@ -63,6 +63,17 @@ def test_the_selected_columns_are_shown_and_exported(run_cli: RunCli, folder: Pa
     assert float(rows[1]["val_loss"]) == pytest.approx(float(rows[0]["val_loss"]) + 1)
     everything = list(csv.DictReader(io.StringIO(run_cli("runs", folder, "--csv").out)))
     assert everything[0]["step"] == "20"
+    header = run_cli("runs", folder, "--csv", "--filter", "seed=99").out
+    assert header == ",".join(everything[0]) + "\n"
+    assert run_cli("runs", folder.parent, "--csv").out == header, "a folder without runs has the same columns"
+
+
+def test_the_selected_columns_are_added_to_the_json_rows(run_cli: RunCli, folder: Path) -> None:
+    plain = run_cli("runs", folder, "--json").json
+    rows = run_cli("runs", folder, "--columns", "model.n_embd,val_loss", "--json").json
+    assert [row["model.n_embd"] for row in rows] == [32, 32]
+    assert [row["val_loss"] for row in rows] == [row["best_val_loss"] for row in plain]
+    assert rows[0].keys() == plain[0].keys() | {"model.n_embd", "val_loss"}
 
 
 def test_the_runs_of_a_sweep_are_listed_with_the_name_of_its_folder(
@@ -86,6 +97,9 @@ def test_the_runs_of_a_sweep_are_listed_with_the_name_of_its_folder(
     ("options", "message"),
     [
         (["--filter", "model.n_embd"], "must have the form KEY>=VALUE"),
+        (["--filter", "model.n_embd=>3"], "unknown operator => (use >=)"),
+        (["--filter", "model.n_embd =< 3"], "unknown operator =< (use <=)"),
+        (["--csv", "--json"], "--csv, --json: these options are mutually exclusive"),
         (["--filter", "model.n_emb=3"], "did you mean model.n_embd?"),
         (["--filter", "model.preset>=3"], "'modern' and '3' cannot be ordered"),
         (["--sort", "val_lss"], "no run has the key val_lss"),
