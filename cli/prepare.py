@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from .console import (
     checked_errors,
     format_duration,
     format_size,
+    given_options,
     pluralize,
     print_fields,
     print_json,
@@ -33,7 +34,7 @@ from .console import (
 from .tokenizer_options import KINDS, option_names_in_errors, tokenizer_section
 
 if TYPE_CHECKING:
-    from tinylm.curation.preparation import Preparation
+    from tinylm.curation.datatrove_engine import Cluster
     from tinylm.curation.report import Report, Step
     from tinylm.curation.settings import Settings
 
@@ -44,6 +45,7 @@ _VOCAB_SIZE = 4096
 
 @app.command()
 def prepare(
+    ctx: typer.Context,
     source: list[str] | None = typer.Argument(None, help="The text: files, folders, globs, URLs or builtin:NAME."),
     out: str | None = typer.Option(None, "--out", help="The output folder. To train on it, set `data.train` to it in a recipe."),
     heldout: list[str] | None = typer.Option(
@@ -77,7 +79,12 @@ def prepare(
     vocab_size: int | None = typer.Option(
         None, "--vocab-size", help=f"Number of tokens of the tokenizer to train. Default: {_VOCAB_SIZE}."
     ),
-    jobs: int = typer.Option(1, "--jobs", min=1, help="Number of processes. The result does not depend on it."),
+    jobs: int | None = typer.Option(
+        None,
+        "--jobs",
+        min=1,
+        help="Number of processes. The result does not depend on it. Default: 1, or --tasks with --executor slurm or ray.",
+    ),
     dry_run: bool = typer.Option(
         False, "--dry-run", help="Only report what would be removed. With --out, the real run reuses the results."
     ),
@@ -115,6 +122,13 @@ def prepare(
     if contaminated not in ("heldout", "train"):
         raise InputError(f"must be heldout or train, not {contaminated!r}", where="--contaminated")
     bands, rows = _parse_minhash(minhash)
+    if engine not in ("builtin", "datatrove"):
+        raise InputError(f"must be builtin or datatrove, not {engine!r}", where="--engine")
+    if engine == "builtin" and (given := given_options(ctx, ("executor", "tasks", "partition", "time_limit"))):
+        raise InputError("requires --engine datatrove", where=", ".join(given))
+    if engine == "datatrove" and dry_run:
+        raise InputError("not supported with --engine datatrove", where="--dry-run")
+    cluster = _cluster(ctx, executor, tasks, jobs, partition, time_limit, quiet) if engine == "datatrove" else None
     from tinylm.curation.preparation import Preparation, report_dict
     from tinylm.curation.settings import Settings
 
@@ -135,24 +149,26 @@ def prepare(
     start = time.perf_counter()
     with _folder(out, overwrite=overwrite and not dry_run) as folder:
         preparation = Preparation(settings, folder, reporter)
-        if engine == "datatrove":
-            if dry_run:
-                raise InputError("not supported with --engine datatrove", where="--dry-run")
-            manifest = _run_datatrove(preparation, executor, tasks or jobs, jobs, partition, time_limit)
-            if manifest is None:
+        show: Callable[[Report], None] = lambda report: None if json else _show(report, settings)  # noqa: E731
+        if cluster is not None:
+            from tinylm.curation.datatrove_engine import run
+
+            finished = run(preparation, cluster, show)
+            if finished is None:
+                reporter.note(f"submitted the jobs; when all of them are done, {out}/manifest.json exists and contains the report")
+                if json:
+                    print_json({"folder": out, "submitted": True})
                 return
-        elif engine != "builtin":
-            raise InputError(f"must be builtin or datatrove, not {engine!r}", where="--engine")
+            manifest = finished
         elif dry_run:
-            report = preparation.report(jobs)
+            report = preparation.report(jobs or 1)
+            show(report)
             if json:
                 print_json({"folder": out, "dry_run": True, **report_dict(report), "seconds": time.perf_counter() - start})
-            else:
-                _show(report, settings)
             return
         else:
             with option_names_in_errors():
-                manifest = preparation.run(jobs, lambda report: None if json else _show(report, settings))
+                manifest = preparation.run(jobs or 1, show)
     seconds = time.perf_counter() - start
     if json:
         print_json({"folder": out, "dry_run": False, **manifest, "seconds": seconds})
@@ -212,20 +228,21 @@ def _folder(out: str | None, *, overwrite: bool) -> Iterator[Path]:
     yield folder
 
 
-def _run_datatrove(
-    preparation: Preparation, executor: str, tasks: int, workers: int, partition: str | None, time_limit: str
-) -> dict[str, Any] | None:
-    """Run or submit the preparation with datatrove. Returns the manifest, or None if the jobs were only submitted."""
-    from tinylm.curation.datatrove_engine import Cluster, run
+def _cluster(
+    ctx: typer.Context, executor: str, tasks: int | None, jobs: int | None, partition: str | None, time_limit: str, quiet: bool
+) -> Cluster:
+    """Return where the tasks of --engine datatrove run. Raises `InputError` for options that the executor does not have."""
+    from tinylm.curation.datatrove_engine import Cluster
 
     if executor not in ("local", "slurm", "ray"):
         raise InputError(f"must be local, slurm or ray, not {executor!r}", where="--executor")
     if executor == "slurm" and partition is None:
         raise InputError("is required with --executor slurm", where="--partition")
-    manifest = run(preparation, Cluster(executor, tasks, workers, partition or "", time_limit))
-    if manifest is None:
-        preparation.reporter.note(f"submitted the jobs; when all of them are done, {preparation.folder}/manifest.json exists")
-    return manifest
+    if executor != "slurm" and (given := given_options(ctx, ("partition", "time_limit"))):
+        raise InputError("requires --executor slurm", where=", ".join(given))
+    tasks = tasks or jobs or 1
+    workers = jobs or (1 if executor == "local" else tasks)
+    return Cluster(executor, tasks, workers, partition or "", time_limit, quiet)
 
 
 def _list_rules(*, json: bool) -> None:

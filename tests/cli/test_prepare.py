@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,7 @@ def test_the_rules_are_listed(run_cli: RunCli) -> None:
         (["{corpus}", "--out", "{out}", "--tokenizer", "{corpus}", "--kind", "bpe"], "mutually exclusive"),
         (["{corpus}", "--out", "{out}", "--kind", "bpee"], "--kind: must be one of"),
         (["{corpus}", "--out", "{out}", "--engine", "spark"], "--engine: must be builtin or datatrove"),
+        (["{corpus}", "--out", "{out}", "--tasks", "4", "--executor", "slurm"], "--executor, --tasks: requires --engine datatrove"),
         (["{corpus}", "--out", "{corpus}"], "is not a folder"),
         (["{corpus}", "--out", "{folder}"], "the folder is not empty"),
         (["{corpus}", "--out", "{out}", "--field", "body"], "no field 'body'"),
@@ -107,10 +110,52 @@ def test_an_invalid_command_is_rejected(arguments: list[str], message: str, run_
     [
         (["--executor", "spark"], "--executor: must be local, slurm or ray"),
         (["--executor", "slurm"], "--partition: is required"),
+        (["--partition", "cpu"], "--partition: requires --executor slurm"),
+        (["--executor", "ray"], "--executor ray: needs an extra package: pip install ray"),
+        (["--executor", "slurm", "--partition", "cpu"], "--executor slurm: needs Slurm's command sbatch"),
         (["--dry-run"], "--dry-run: not supported with --engine datatrove"),
+        (["nowhere.txt", "--tasks", "2", "--jobs", "2"], "nowhere.txt: no such file"),
     ],
 )
-def test_an_invalid_executor_is_rejected(arguments: list[str], message: str, run_cli: RunCli, corpus: Path, tmp_path: Path) -> None:
+def test_an_invalid_executor_is_rejected(
+    arguments: list[str], message: str, run_cli: RunCli, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("datatrove")
+    monkeypatch.setenv("PATH", str(tmp_path))  # without sbatch
+    monkeypatch.setitem(sys.modules, "ray", None)
     result = run_cli("prepare", corpus, "--out", tmp_path / "out", "--engine", "datatrove", *arguments)
     assert message in error_of(result)
+    assert len(result.err.splitlines()) == 1
+
+
+def test_datatrove_prints_the_same_report_and_no_log_with_quiet(run_cli: RunCli, corpus: Path, tmp_path: Path) -> None:
+    pytest.importorskip("datatrove")
+    expected = run_cli("prepare", corpus, "--out", tmp_path / "builtin", *OPTIONS, "--quiet")
+    result = run_cli("prepare", corpus, "--out", tmp_path / "out", *OPTIONS, "--engine", "datatrove", "--quiet")
+    assert (result.code, result.out, result.err) == (0, expected.out, "")
+    (tmp_path / "bad.txt").write_text("Too short.", encoding="utf-8")
+    failed = run_cli("prepare", tmp_path / "bad.txt", "--out", tmp_path / "failed", "--engine", "datatrove", "--quiet")
+    assert failed.code == 2
+    assert "Too short." in failed.out
+    assert len(failed.err.splitlines()) == 1
+    assert "all training documents were removed" in failed.err
+
+
+def test_slurm_jobs_are_submitted(run_cli: RunCli, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replacement for sbatch records the scripts."""
+    pytest.importorskip("datatrove")
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\nfor script; do :; done\ncat "$script" >> "{tmp_path}/scripts"\necho Submitted batch job 7\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.chdir(folder)
+    slurm = ("--engine", "datatrove", "--executor", "slurm", "--partition", "cpu", "--tasks", "2")
+    result = run_cli("prepare", corpus, "--out", tmp_path / "out", *slurm, "--json", "--quiet")
+    assert result.code == 0, result.err
+    assert result.json == {"folder": str(tmp_path / "out"), "submitted": True}
+    assert result.err == ""
+    scripts = (tmp_path / "scripts").read_text(encoding="utf-8")
+    assert "--array=0-1%2" in scripts
+    assert f"cd '{folder}'" in scripts

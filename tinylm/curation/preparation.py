@@ -85,6 +85,11 @@ class Preparation:
             if entry not in (self.analyses, self.tokens):
                 shutil.rmtree(entry, ignore_errors=True)
 
+    def report_skipped(self, documents: Documents) -> None:
+        """Print a note for each file that is skipped because it is not text."""
+        for path in documents.skipped:
+            self.reporter.note(f"skipped {path}: not text")
+
     # Stage 1
 
     def analyze(self, documents: Documents, jobs: int = 1, rank: int = 0, world_size: int = 1) -> None:
@@ -228,8 +233,7 @@ class Preparation:
 
     def analyze_and_decide(self, documents: Documents, jobs: int) -> Report:
         """Run stage 1 and make the decisions of stage 2."""
-        for path in documents.skipped:
-            self.reporter.note(f"skipped {path}: not text")
+        self.report_skipped(documents)
         self.remove_other_work()
         self.analyze(documents, jobs)
         return self.decide()
