@@ -61,6 +61,20 @@ def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     return f"did you mean {similar[0]}?" if similar else None
 
 
-def missing_extra(extra: str, purpose: str) -> InputError:
+def missing_extra(extra: str, purpose: str, *, where: str | None = None) -> InputError:
     """Return the error for an optional dependency that is not installed, with the command that installs it."""
-    return InputError(f'{purpose} needs an extra package: pip install "tinylm[{extra}]"')
+    return InputError(f'{purpose} needs an extra package: pip install "tinylm[{extra}]"', where=where)
+
+
+_FILESYSTEM_EXTRAS = {"hf": "hf", "http": "remote", "https": "remote", "s3": "s3", "s3a": "s3"}
+
+
+def missing_filesystem(url: str, error: ImportError, *, where: str | None = None) -> InputError:
+    """Return the error for a URL whose protocol needs a package that is not installed.
+
+    `error` is fsspec's exception. Its message names the package, which is shown for a protocol without an extra.
+    """
+    protocol = url.partition("://")[0].rpartition("::")[2]
+    if protocol in _FILESYSTEM_EXTRAS:
+        return missing_extra(_FILESYSTEM_EXTRAS[protocol], f"opening {protocol}:// URLs", where=where)
+    return InputError(f"cannot open {url}: {error}", where=where)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from tinylm.errors import InputError, WorkError, first_line
+from tinylm.errors import InputError, WorkError, first_line, missing_filesystem
 from tinylm.paths import atomic_file, cache_folder
 
 MANIFEST = "manifest.json"
@@ -38,7 +38,9 @@ class RemoteRun:
         self.url = url.rstrip("/")
         try:
             self._fs, self._root = fsspec.core.url_to_fs(self.url)
-        except (ImportError, ValueError) as error:  # a missing package, or an unknown protocol
+        except ImportError as error:
+            raise missing_filesystem(self.url, error, where=where) from None
+        except ValueError as error:  # an unknown protocol
             raise InputError(f"cannot open {self.url}: {error}", where=where) from None
         except Exception as error:  # the library of each protocol has its own exceptions, for example for missing credentials
             raise WorkError(f"cannot be opened: {first_line(error)}", where=self.url) from None

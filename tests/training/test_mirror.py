@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tinylm.recipe import Recipe, loads
 from tinylm.remote_runs import RemoteRun
 from tinylm.reporting import SILENT
 from tinylm.run import Run, write_manifest
+from tinylm.text.sources import Corpus
 from tinylm.training.metrics import Observer
 from tinylm.training.mirror import synchronize
 
@@ -118,6 +120,39 @@ def test_a_run_resumes_from_its_copy_and_equals_an_uninterrupted_run(text_file: 
     assert Run.open(tmp_path / "run").checkpoint("last").step == 8, "a machine with an older state downloads the newer one"
 
 
+@pytest.fixture
+def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A local S3 server with an empty bucket named `bucket`."""
+    s3fs = pytest.importorskip("s3fs", reason='needs pip install "tinylm[s3]"')
+    moto = pytest.importorskip("moto.server", reason='needs pip install "moto[server]"')
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem().mkdir("bucket")
+    yield
+    server.stop()
+
+
+@pytest.mark.usefixtures("s3_server")
+def test_a_run_resumes_from_its_copy_in_an_s3_bucket(text_file: Path, tmp_path: Path) -> None:
+    recipe = mirrored(text_file, "checkpoint.mirror=s3://bucket/runs")
+    train(recipe, tmp_path / "run", device="cpu", observer=StopAt(5))
+    written = content(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    RemoteRun("s3://bucket/runs/run").pull(tmp_path / "copy", [name.partition("/")[0] for name in written])
+    assert content(tmp_path / "copy") == written
+    assert train(recipe, tmp_path / "run", device="cpu", resume=True).step == 8
+    assert RemoteRun("s3://bucket/runs/run").steps()[-1] == 8
+    assert Run.open("s3://bucket/runs/run").checkpoint("last").step == 8
+    train(recipe, tmp_path / "run", device="cpu", overwrite=True, observer=StopAt(2))
+    assert RemoteRun("s3://bucket/runs/run").steps() == [2]
+
+
 def test_an_unreachable_store_does_not_stop_training_and_the_next_checkpoint_tries_again(text_file: Path, tmp_path: Path) -> None:
     recipe = mirrored(text_file, "checkpoint.mirror=flaky://bucket")
 
@@ -142,6 +177,27 @@ def test_an_unknown_protocol_is_an_error_before_training(text_file: Path, tmp_pa
     assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match="must be a URL like s3://bucket/runs, or null, not 'backup'"):
         loads("data: {train: a.txt}\ntraining: {steps: 1}\ncheckpoint: {mirror: backup}\n", check_files=False)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("s3://bucket", r'opening s3:// URLs needs an extra package: pip install "tinylm\[s3\]"'),
+        ("https://example.org", r'opening https:// URLs needs an extra package: pip install "tinylm\[remote\]"'),
+        ("gs://bucket", "cannot open gs://bucket/run: Please install gcsfs"),
+    ],
+)
+def test_a_missing_package_for_a_protocol_is_named(
+    url: str, message: str, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("s3fs", "aiohttp", "gcsfs", "fsspec.implementations.http"):
+        monkeypatch.setitem(sys.modules, package, None)
+    for protocol in ("s3", "https", "gs"):
+        monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, protocol, raising=False)  # forget packages in use
+    with pytest.raises(InputError, match=f"checkpoint.mirror: {message}"):
+        train(mirrored(text_file, f"checkpoint.mirror={url}"), tmp_path / "run", device="cpu")
+    with pytest.raises(InputError, match=message), Corpus((f"{url}/run",)):
+        pass
 
 
 def write_run(folder: Path, steps: list[int], weights: str) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from tinylm.errors import InputError, missing_extra
+from tinylm.errors import InputError, missing_extra, missing_filesystem
 from tinylm.file_kinds import is_prepared_text
 from tinylm.paths import cache_folder, name_write_errors, temporary_folder
 from tinylm.text import builtin
@@ -196,7 +196,7 @@ class Corpus:
             with fsspec.open(source, "rb") as stream:
                 return self._copy(_without_query(source), stream)
         except ImportError as error:
-            raise missing_extra("remote", f"reading {source.partition('://')[0]}:// URLs ({error})") from None
+            raise missing_filesystem(source, error) from None
         except Exception as error:  # the library of each protocol has its own exceptions
             raise InputError(f"cannot be read: {error or type(error).__name__}", where=source) from None
 
