@@ -165,6 +165,9 @@ def test_every_observer_receives_every_event() -> None:
         def stopping(self) -> None:
             received.append((self.name, "stopping"))
 
+        def close(self) -> None:
+            received.append((self.name, "close"))
+
     both = Observers([Recorder("a"), Recorder("b")])
     both.step(_step(1))
     both.evaluation(_evaluation(1))
@@ -173,5 +176,6 @@ def test_every_observer_receives_every_event() -> None:
     both.phase("saving")
     both.note("a note")
     both.stopping()
-    events = ("step", "evaluation", "sample", "saved", "saving", "a note", "stopping")
+    both.close()
+    events = ("step", "evaluation", "sample", "saved", "saving", "a note", "stopping", "close")
     assert received == [(name, event) for event in events for name in "ab"]

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import tiny_recipe
+from conftest import StopAt, tiny_recipe
 
 from tinylm.pipeline import train
 from tinylm.run import Run
@@ -48,3 +48,16 @@ def test_a_signal_at_any_event_saves_the_step(text_file: Path, tmp_path: Path, e
     assert observer.stopping_calls == 1
     last = Run.open(tmp_path / "run").checkpoint("last")
     assert (last.step, last.problem()) == (10, None)
+
+
+def test_a_run_accepts_several_observers_and_closes_them(text_file: Path, tmp_path: Path) -> None:
+    class Closed(StopAt):
+        closed = 0
+
+        def close(self) -> None:
+            self.closed += 1
+
+    observers = [Closed(3), Closed(2)]
+    result = train(tiny_recipe(text_file), tmp_path / "run", device="cpu", observer=observers)
+    assert (result.stopped, result.step) == ("callback", 2)
+    assert [observer.closed for observer in observers] == [1, 1]

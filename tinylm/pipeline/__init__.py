@@ -22,7 +22,7 @@ from tinylm.processes import Processes, join_processes, lost_peer_error, threads
 from tinylm.recipe import Recipe
 from tinylm.reporting import SILENT, Reporter
 from tinylm.training.distillation import Teachers
-from tinylm.training.metrics import Observer
+from tinylm.training.metrics import Observer, Observers
 from tinylm.training.mirror import mirrors, synchronize
 from tinylm.training.run_folder import locked_run_folder
 from tinylm.training.signals import StopRequest
@@ -88,14 +88,15 @@ def train(
     workers: int = 1,
     stop_after: float | None = None,
     reporter: Reporter = SILENT,
-    observer: Observer | None = None,
+    observer: Observer | Sequence[Observer] | None = None,
 ) -> TrainResult:
     """Train the model of `recipe` in the run folder `folder`. Under a launcher such as torchrun, every process makes the same call.
 
     If the folder already contains a run, `resume` or `overwrite` is required. `resume` continues from its newest complete
     checkpoint. The recipe may then differ from the original one only in keys that do not change the model, and in those listed in
     `allow_change`. `threads` is the number of CPU threads, or `auto` to measure which number is fastest; None uses one per core.
-    `workers` is the number of processes that encode the text. After `stop_after` seconds, the run is saved and stopped.
+    `workers` is the number of processes that encode the text. After `stop_after` seconds, the run is saved and stopped. `observer`
+    is one observer or several, which receive the events of the main process, in order.
 
     Raises `InputError` for invalid input and `WorkError` if training fails.
     """
@@ -104,7 +105,8 @@ def train(
     devices.set_threads(threads if isinstance(threads, int) else threads_per_process())
     with join_processes(target) as processes, ExitStack() as stack:
         target = processes.run_on_all(lambda: processes.device(target))
-        callbacks = Callbacks(reporter, observer or Observer()) if processes.is_main else Callbacks(SILENT, Observer())
+        receiver = Observers(observer) if isinstance(observer, Sequence) else observer or Observer()
+        callbacks = Callbacks(reporter, receiver) if processes.is_main else Callbacks(SILENT, Observer())
         processes.run_on_main(lambda: stack.enter_context(locked_run_folder(folder, resume=resume, overwrite=overwrite)))
         processes.run_on_main(lambda: synchronize(recipe, folder, reporter, resume=resume, overwrite=overwrite))
         resume = processes.run_on_main(lambda: resume and (folder / "recipe.yaml").exists())

@@ -37,15 +37,12 @@ def observers(
         return
     continue_on_failure = job.recipe.checkpoint.on_failure == "continue"
     metrics = MetricsFile(job.folder, resumed_step, _note_once(observer) if continue_on_failure else None)
+    members = Observers([metrics, observer, *monitors])
     try:
-        history = metrics.history()
-        for member in (observer, *monitors):
-            member.resumed(*history)
-        yield Observers([metrics, observer, *monitors])
+        members.resumed(*metrics.history())
+        yield members
     finally:
-        metrics.close()
-        for member in monitors:
-            member.close()
+        members.close()
 
 
 def speed_monitors(job: TrainingJob, data: TrainingData, callbacks: Callbacks, processes: Processes) -> list[Observer]:

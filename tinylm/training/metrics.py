@@ -180,6 +180,10 @@ class Observers(Observer):
         for member in self._members:
             member.note(text)
 
+    def close(self) -> None:
+        for member in self._members:
+            member.close()
+
     def stopping(self) -> None:
         for member in self._members:
             member.stopping()
