@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import pkgutil
 import re
 import shlex
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 from keys import sections_in_field
 from pydantic import BaseModel
 
@@ -186,6 +188,36 @@ def test_python_examples_import_names_that_exist(page: str, examples: ModuleType
                 module = importlib.import_module(node.module)
                 for alias in node.names:
                     assert hasattr(module, alias.name), f"{node.module}.{alias.name}"
+
+
+def _reference_names() -> set[str]:
+    """Return the dotted names of everything that the Python reference documents."""
+    names: set[str] = set()
+    for name, options in re.findall(r"^::: (\S+)\n((?: .*\n)*)", _text("docs/reference/python.md"), re.MULTILINE):
+        members = (yaml.safe_load(options) or {}).get("options", {}).get("members")
+        names |= {name} if members is None else {f"{name}.{member}" for member in members}
+    return names
+
+
+def _names_used(code: str) -> Iterator[str]:
+    """Yield the dotted names in tinylm that a program imports, or uses as attributes of a module that it imports."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("tinylm"):
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                if isinstance(pkgutil.resolve_name(name), ModuleType):
+                    yield from (f"{name}.{attribute}" for attribute in re.findall(rf"\b{alias.name}\.(\w+)", code))
+                else:
+                    yield name
+
+
+@pytest.mark.parametrize("page", ["docs/guides/python.md", "docs/reference/python.md"])
+def test_every_python_name_in_an_example_is_in_the_reference(page: str, examples: ModuleType) -> None:
+    documented = [pkgutil.resolve_name(name) for name in _reference_names()]
+    code = "\n".join(line for block in examples.blocks(_text(page)) if block.kind == "python" for line in block.lines)
+    used = set(_names_used(code))
+    assert used
+    assert [name for name in sorted(used) if not any(pkgutil.resolve_name(name) is known for known in documented)] == []
 
 
 def test_every_command_block_is_run_or_states_why_it_is_not_run(examples: ModuleType) -> None:

@@ -48,7 +48,10 @@ _WORK = "work"
 
 @dataclass(frozen=True)
 class Preparation:
-    """The preparation of a text in a folder."""
+    """The preparation of a text in a folder. An interrupted preparation continues where it stopped.
+
+    `run` does everything. The other methods are its stages, which can be distributed over several processes or machines.
+    """
 
     settings: Settings
     folder: Path
@@ -56,14 +59,17 @@ class Preparation:
 
     @property
     def analyses(self) -> Path:
+        """The folder with the analysis of each block."""
         return self.folder / _WORK / f"analysis-{self.settings.analysis_key}"
 
     @property
     def tokens(self) -> Path:
+        """The folder with the decisions, the tokenizer and the tokens of each block."""
         return self.folder / _WORK / f"tokens-{self.settings.key}"
 
     @property
     def is_complete(self) -> bool:
+        """Whether the folder contains a prepared text."""
         return (self.folder / MANIFEST).exists()
 
     @contextmanager
@@ -217,7 +223,11 @@ class Preparation:
         return manifest
 
     def run(self, jobs: int, show: Callable[[Report], None]) -> dict[str, Any]:
-        """Run all stages with `jobs` processes. `show` is called with the report before any text is encoded."""
+        """Run all stages with `jobs` processes and return the manifest. `show` is called with the report before text is encoded.
+
+        Raises `InputError` if a source cannot be read, if no training or held-out text is left, or if another process is preparing
+        a text in the folder.
+        """
         with self.locked(), Documents(self.settings) as documents:
             report = self.analyze_and_decide(documents, jobs)
             show(report)
@@ -227,7 +237,7 @@ class Preparation:
             return self.finish(report)
 
     def report(self, jobs: int) -> Report:
-        """Report what a preparation would remove."""
+        """Report what a preparation would remove. Raises `InputError` if a source cannot be read."""
         with self.locked(), Documents(self.settings) as documents:
             return self.analyze_and_decide(documents, jobs)
 

@@ -32,9 +32,10 @@ DEFAULT_TOKENIZER = BpeTokenizer(kind="bpe")
 
 @dataclass(frozen=True)
 class Settings:
-    """What to prepare and how."""
+    """What to prepare and how. Raises `InputError` for an unknown rule or step in `without`."""
 
     sources: tuple[str, ...]
+    """The text: files, folders, globs, URLs or builtin:NAME."""
     heldout: tuple[str, ...] = ()
     """The sources of the held-out text, or () to hold out a fraction of the documents."""
     heldout_share: float = 0.1
@@ -44,12 +45,17 @@ class Settings:
     without: tuple[str, ...] = ()
     """The rules, groups of rules and steps that are switched off."""
     bands: int = 14
+    """Number of bands of MinHash values. Near-duplicates agree in all values of at least one band."""
     rows: int = 8
+    """Number of MinHash values per band."""
     tokenizer: TokenizerSection = DEFAULT_TOKENIZER
     """The tokenizer to train on the kept text, or a file."""
     field: str = "text"
+    """The field with the text in .jsonl and .parquet files."""
     template: str | None = None
+    """Text with fields in braces that combines several fields, instead of `field`."""
     errors: str = "strict"
+    """What happens to bytes that are not UTF-8: `strict` raises an error and `replace` replaces them."""
 
     def __post_init__(self) -> None:
         known = [*STEPS, *GROUPS, *(rule.name for rule in RULES), *(rule.name for rule in LINE_RULES)]
@@ -64,14 +70,17 @@ class Settings:
 
     @property
     def rules(self) -> tuple[Rule, ...]:
+        """The rules for documents that are switched on."""
         return tuple(rule for rule in RULES if self.uses(rule.name))
 
     @property
     def line_rules(self) -> tuple[str, ...]:
+        """The rules for lines that are switched on."""
         return tuple(rule.name for rule in LINE_RULES if self.uses(rule.name))
 
     @property
     def minhash(self) -> MinHash:
+        """The hash functions for near-duplicates."""
         return MinHash(self.bands, self.rows)
 
     @cached_property

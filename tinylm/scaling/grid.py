@@ -53,6 +53,7 @@ class Request:
     """The arguments of an experiment. A folder contains the runs of a single request."""
 
     source: tuple[str, ...]
+    """The text: files, folders, globs, URLs or builtin:NAME."""
     minutes: float
     """Approximate training time of all runs."""
     overrides: tuple[str, ...] = ()
@@ -72,13 +73,16 @@ class Cell:
     """N in the scaling law: FLOPs per token / 6. This is the number of weights in matrix products, including the head, plus the
     cost of attention. It does not include embedding tables."""
     tokens: int
+    """D in the scaling law: the number of training tokens, including repetitions."""
 
     @property
     def flops(self) -> float:
+        """Training compute in FLOPs, 6 N D."""
         return 6 * self.parameters * self.tokens
 
     @property
     def training(self) -> Training:
+        """The run, as an argument for `Sweep.run`."""
         size = size_values(self.n_layer, self.n_embd)
         name = f"n_embd={self.n_embd},steps={self.steps}"
         return Training(name, {**size, "training.steps": str(self.steps), **_RUN_SETTINGS})
@@ -91,11 +95,13 @@ class Grid:
     request: Request
     vocab_size: int
     unique_tokens: int
+    """Number of tokens in the training text."""
     tokens_per_step: int
     cells: tuple[Cell, ...]
 
     @property
     def planned(self) -> list[Training]:
+        """The runs, as arguments for `Sweep.run`."""
         return [cell.training for cell in self.cells]
 
 

@@ -25,6 +25,7 @@ class StepEvent:
 
     step: int
     tokens: int
+    """Number of training tokens so far."""
     loss: float
     lr: float
     grad_norm: float
@@ -56,10 +57,13 @@ class EvaluationEvent:
 
     step: int
     tokens: int
+    """Number of training tokens so far."""
     metrics: Metrics
+    """The value of each metric by name, such as `metrics["loss"]`."""
     train_seconds: float
     """Time spent in optimizer steps only."""
     seconds: float
+    """Total training time in seconds, summed over all resumes."""
     best: bool
     """Whether the checkpoint for this step was saved and is the best so far."""
 
@@ -90,6 +94,8 @@ class GuardEvent:
 
 @dataclass(frozen=True)
 class SampleEvent:
+    """Text that the model generated during training. `text` does not include the prompt."""
+
     step: int
     prompt: str
     text: str
