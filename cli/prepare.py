@@ -147,7 +147,7 @@ def prepare(
     )
     reporter = ConsoleReporter(stderr_console(), quiet=quiet)
     start = time.perf_counter()
-    with _folder(out, overwrite=overwrite and not dry_run) as folder:
+    with _folder(out, overwrite=overwrite) as folder:
         preparation = Preparation(settings, folder, reporter)
         show: Callable[[Report], None] = lambda report: None if json else _show(report, settings)  # noqa: E731
         if cluster is not None:
@@ -207,10 +207,11 @@ def _tokenizer(path: str | None, kind: str | None, vocab_size: int | None) -> An
 def _folder(out: str | None, *, overwrite: bool) -> Iterator[Path]:
     """Yield the output folder, or a temporary folder for a dry run without --out.
 
-    Raises `InputError` if it contains other files, or a prepared text unless `overwrite` is true.
+    Raises `InputError` if it contains other files, or a prepared text unless `overwrite` is true. Changes nothing in the folder.
     """
+    from tinylm.curation.preparation import FILES, UNFINISHED_FILES
     from tinylm.file_kinds import is_prepared_text
-    from tinylm.paths import cache_folder, temporary_folder
+    from tinylm.paths import cache_folder, is_temporary, temporary_folder
 
     if out is None:
         with temporary_folder(cache_folder("spool"), "prepare") as temporary:
@@ -219,12 +220,13 @@ def _folder(out: str | None, *, overwrite: bool) -> Iterator[Path]:
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise InputError("is not a folder", where=out)
+    names = {path.name for path in folder.iterdir() if not is_temporary(path.name)} if folder.exists() else set()
     if is_prepared_text(folder):
         if not overwrite:
             raise InputError("the folder already contains a prepared text", where=out, hint="--overwrite replaces it")
-        (folder / "manifest.json").unlink()
-    elif folder.is_dir() and any(folder.iterdir()) and not (folder / "work").is_dir():
-        raise InputError("the folder is not empty", where=out, hint="use a new folder")
+    elif not (folder / "work").is_dir() and not names <= (FILES if overwrite else UNFINISHED_FILES):
+        hint = "--overwrite replaces its files" if names <= FILES else "use a new folder"
+        raise InputError("the folder is not empty", where=out, hint=hint)
     yield folder
 
 

@@ -72,6 +72,40 @@ def test_a_prepared_text_is_only_replaced_with_overwrite(run_cli: RunCli, corpus
     assert len((tmp_path / "out" / "train.npy").read_bytes()) > len(before)
 
 
+@pytest.mark.parametrize("arguments", [("typo.jsonl",), ("{corpus}", "--engine", "spark"), ("{corpus}", "--field", "body")])
+def test_a_failed_overwrite_keeps_the_prepared_text(
+    arguments: tuple[str, ...], run_cli: RunCli, corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert run_cli("prepare", corpus, "--out", out, *OPTIONS).code == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    changed = [argument.format(corpus=corpus) for argument in arguments]
+    error_of(run_cli("prepare", *changed, "--out", out, *OPTIONS, "--overwrite"))
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+
+def test_a_prepared_text_without_a_manifest_can_be_overwritten(run_cli: RunCli, corpus: Path, tmp_path: Path) -> None:
+    command = ("prepare", corpus, "--out", tmp_path / "out", *OPTIONS)
+    assert run_cli(*command).code == 0
+    manifest = tmp_path / "out" / "manifest.json"
+    manifest.unlink()
+    assert "--overwrite replaces its files" in error_of(run_cli(*command))
+    (tmp_path / "out" / "notes.txt").touch()
+    assert "use a new folder" in error_of(run_cli(*command, "--overwrite"))
+    (tmp_path / "out" / "notes.txt").unlink()
+    assert run_cli(*command, "--overwrite").code == 0
+    assert manifest.exists()
+
+
+def test_a_preparation_that_failed_early_can_be_run_again(run_cli: RunCli, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    error_of(run_cli("prepare", "typo.jsonl", "--out", out, *OPTIONS))
+    assert not out.exists()
+    (out / "logs").mkdir(parents=True)
+    (out / ".lock").touch()
+    assert run_cli("prepare", corpus, "--out", out, *OPTIONS).code == 0
+
+
 def test_the_rules_are_listed(run_cli: RunCli) -> None:
     result = run_cli("prepare", "--list-rules")
     assert "gopher_words" in result.out

@@ -43,7 +43,12 @@ from tinylm.text.sources import Piece, describe
 from tinylm.tokenizer import Tokenizer
 
 MANIFEST, REMOVED, TOKENIZER = "manifest.json", "removed.jsonl", "tokenizer.json"
-_WORK = "work"
+_LOCK, _WORK = ".lock", "work"
+UNFINISHED_FILES = frozenset({_LOCK, _WORK, "logs"})
+"""What a preparation that was stopped leaves in a new folder. datatrove writes `logs`."""
+_SHARDS = frozenset(f"{part}{suffix}" for part in PARTS for suffix in (".npy", ".json"))
+FILES = UNFINISHED_FILES | _SHARDS | {MANIFEST, REMOVED, TOKENIZER, NGRAMS_FILE}
+"""The files and folders that a preparation writes."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class Preparation:
     def locked(self) -> Iterator[None]:
         """Hold a lock on the folder. Raises `InputError` if another process holds it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(self.folder / ".lock", blocking=False)
+        lock = filelock.FileLock(self.folder / _LOCK, blocking=False)
         try:
             with lock:
                 yield
@@ -195,8 +200,12 @@ class Preparation:
     # Stage 4
 
     def finish(self, report: Report) -> dict[str, Any]:
-        """Write the tokens, the tokenizer, the list of removed documents and, last, the manifest. Returns the manifest."""
+        """Write the tokens, the tokenizer, the list of removed documents and, last, the manifest. Returns the manifest.
+
+        Until then, an earlier result in the folder is complete. Its manifest is removed first, and its other files are replaced.
+        """
         tokenizer = Tokenizer.load(self.tokens / TOKENIZER)
+        (self.folder / MANIFEST).unlink(missing_ok=True)
         counts = {part: join(self.tokens, self.blocks, part, self.folder, tokenizer.vocab_size) for part in PARTS}
         sample = sample_ngrams_of_parts(encoded_parts(self.tokens, self.blocks, "train"), counts["train"])
         save_ngrams(sample, self.folder / NGRAMS_FILE)
@@ -228,7 +237,7 @@ class Preparation:
         Raises `InputError` if a source cannot be read, if no training or held-out text is left, or if another process is preparing
         a text in the folder.
         """
-        with self.locked(), Documents(self.settings) as documents:
+        with Documents(self.settings) as documents, self.locked():
             report = self.analyze_and_decide(documents, jobs)
             show(report)
             self.check(report)
@@ -238,7 +247,7 @@ class Preparation:
 
     def report(self, jobs: int) -> Report:
         """Report what a preparation would remove. Raises `InputError` if a source cannot be read."""
-        with self.locked(), Documents(self.settings) as documents:
+        with Documents(self.settings) as documents, self.locked():
             return self.analyze_and_decide(documents, jobs)
 
     def analyze_and_decide(self, documents: Documents, jobs: int) -> Report:
