@@ -24,7 +24,7 @@ from tinylm.recipe import Recipe, load
 from tinylm.recipe.schema import ModelVariant, require_text
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Run
-from tinylm.sweep.runner import Outcome, Sweep, Training
+from tinylm.sweep.runner import Outcome, Sweep, Training, check_same_text
 
 Equal = Literal["time", "parameters"]
 _SAMPLE_TOKENS = 60
@@ -114,6 +114,7 @@ def run_ladder(plan: LadderPlan, reporter: Reporter = SILENT) -> Iterator[Row]:
     recipes = {rung.name: load(plan.recipes[rung.recipe], _settings(values[rung.name])) for rung in plan.rungs}
     if plan.equal == "parameters":
         values = _with_equal_parameters(plan, values, recipes, reporter)
+    outcomes: list[Outcome] = []
     for rung in plan.rungs:
         runner = Sweep(plan.folder, plan.recipes[rung.recipe], device=plan.device)
         training = Training(rung.name, values[rung.name])
@@ -122,6 +123,8 @@ def run_ladder(plan: LadderPlan, reporter: Reporter = SILENT) -> Iterator[Row]:
             if outcome.error is not None:
                 hint = "run the same command again to continue"
                 raise WorkError(f"{rung.name}: {outcome.error}", where=str(plan.folder), hint=hint)
+            outcomes.append(outcome)
+            check_same_text(outcomes)
             yield _row(plan, rung, outcome, reuse=known)
 
 
@@ -183,7 +186,7 @@ def _row(plan: LadderPlan, rung: Rung, outcome: Outcome, *, reuse: bool) -> Row:
     file = plan.folder / "rows" / f"{rung.name}.json"
     if reuse and file.exists():
         saved = json.loads(file.read_text(encoding="utf-8"))
-        return Row(**{**saved, "bits_per_byte_ci95": tuple(saved["bits_per_byte_ci95"])})
+        return Row(**{**saved, "run": outcome.run, "bits_per_byte_ci95": tuple(saved["bits_per_byte_ci95"])})
     run = Run.open(outcome.run)
     scores = evaluate_run(run, device=plan.device).perplexity
     row = Row(

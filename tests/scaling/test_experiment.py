@@ -205,6 +205,7 @@ def test_an_interrupted_experiment_trains_only_the_missing_run_and_its_predictio
         (["text.txt", "--check", "run"], "SOURCE: cannot be combined with --check"),
         (["--check", "run", "--minutes", "5"], "--minutes: cannot be combined with --check"),
         (["--check", "run"], "does not contain a scaling experiment"),
+        (["text.txt", "--out", __file__], "is a file, not a folder"),
     ],
 )
 def test_invalid_arguments_are_rejected(

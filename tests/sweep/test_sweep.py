@@ -1,10 +1,15 @@
-"""`tinylm sweep` with real training runs in separate processes."""
+"""Sweeps: real training runs in separate processes, and stored outcomes."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +17,11 @@ import pytest
 import yaml
 from command import COMMAND, CommandResult, RunCli, environment, error_of
 
+from tinylm.errors import InputError
 from tinylm.pipeline import train
 from tinylm.recipe import load
 from tinylm.run import Run
+from tinylm.sweep.runner import Outcome, Sweep, Training
 
 
 @pytest.fixture
@@ -39,19 +46,28 @@ def document(done: CommandResult) -> dict[str, Any]:
     return loaded
 
 
-def test_a_terminated_sweep_continues_and_matches_uninterrupted_runs(run_cli: RunCli, recipe_file: Path, tmp_path: Path) -> None:
-    arguments = (recipe_file, "--set", "seed=1,2", "--set", "training.steps=6", "--json")
-    folder = tmp_path / "killed"
-    command = [*COMMAND, "sweep", *map(str, arguments), "--out", str(folder)]
+def interrupt(arguments: Sequence[str | Path], started: Path, number: signal.Signals) -> int:
+    """Start a command, send a signal to it as soon as the path `started` exists, and return the exit code."""
+    command = [*COMMAND, *map(str, arguments)]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 600
-    while not (folder / "seed=1" / "checkpoints" / "last").exists() and time.monotonic() < deadline:
+    while not started.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == 143
-    assert Run.open(folder / "seed=1").checkpoints()
+    process.send_signal(number)
+    return process.wait(120)
 
-    resumed = document(run_cli("sweep", *arguments, "--out", folder, "--jobs", "2"))
+
+def test_a_terminated_and_killed_sweep_continues_and_matches_uninterrupted_runs(
+    run_cli: RunCli, recipe_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "killed"
+    arguments = ("sweep", recipe_file, "--set", "seed=1,2", "--set", "training.steps=6", "--json", "--out", folder)
+    assert interrupt(arguments, folder / "seed=1" / "checkpoints" / "last", signal.SIGTERM) == 143
+    assert Run.open(folder / "seed=1").checkpoints()
+    (folder / "logs" / "seed=1.stdout").unlink(missing_ok=True)
+    assert interrupt(arguments, folder / "logs" / "seed=1.stdout", signal.SIGKILL) == -signal.SIGKILL
+
+    resumed = document(run_cli(*arguments, "--jobs", "2"))
     losses = {}
     for seed in (1, 2):
         recipe = load(recipe_file, (f"seed={seed}", "training.steps=6"))
@@ -59,6 +75,8 @@ def test_a_terminated_sweep_continues_and_matches_uninterrupted_runs(run_cli: Ru
     assert {row["values"]["seed"]: row["val_loss"] for row in resumed["rows"]} == losses
     assert resumed["best"]["values"] == {"training.steps": 6}, "the seeds of one setting are averaged"
     assert not (folder / "logs" / "seed=1.stdout").exists()
+    stored = json.loads((folder / "results" / "seed=1.json").read_text(encoding="utf-8"))
+    assert stored["text_fingerprint"] == Run.open(folder / "seed=1").checkpoint("last").state["fingerprints"]["data"]
 
 
 def test_a_search_runs_the_requested_trials_and_repeats_the_best_with_more_seeds(
@@ -77,3 +95,41 @@ def test_a_search_runs_the_requested_trials_and_repeats_the_best_with_more_seeds
 
     other = run_cli("sweep", recipe_file, "--range", "training.optimizer.lr=1e-4..1:log", "--trials", "1", "--out", tmp_path / "s")
     assert "a search over different values" in error_of(other)
+
+
+def store(sweep: Sweep, training: Training, **changed: str) -> None:
+    """Write the result of a training run without training it."""
+    digest = hashlib.sha256(sweep.recipe(training.values).to_yaml().encode()).hexdigest()
+    outcome = Outcome(training.name, "runs/elsewhere", training.values, digest, {"val_loss": 2.0}, **changed)  # type: ignore[arg-type]
+    run, results = sweep.run_folder(training.name), sweep.folder / "results"
+    for folder in (run, results):
+        folder.mkdir(parents=True, exist_ok=True)
+    (run / "recipe.yaml").touch()
+    (results / f"{training.name}.json").write_text(json.dumps(asdict(outcome)), encoding="utf-8")
+
+
+def test_a_finished_run_is_found_in_a_moved_sweep_unless_its_folder_was_removed(recipe_file: Path, tmp_path: Path) -> None:
+    training = Training("a", {"seed": "1"})
+    store(Sweep(tmp_path / "first", recipe_file), training)
+    moved = Sweep((tmp_path / "first").rename(tmp_path / "moved"), recipe_file)
+    [outcome] = moved.run([training])
+    assert outcome.run == str(tmp_path / "moved" / "a")
+    shutil.rmtree(outcome.run)
+    assert moved.finished(training) is None
+
+
+def test_results_of_different_texts_are_not_mixed(recipe_file: Path, tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path / "s", recipe_file)
+    trainings = [Training(name, {"seed": str(number)}) for number, name in enumerate("abc")]
+    for training, (settings, text) in zip(trainings, (("x", "1"), ("y", "2"), ("x", "3")), strict=True):
+        store(sweep, training, text_settings=settings, text_fingerprint=text)
+    assert len(list(sweep.run(trainings[:2]))) == 2
+    with pytest.raises(InputError, match=r"c: the text is not the same as when a was trained"):
+        list(sweep.run(trainings[2:]))
+
+
+def test_two_processes_cannot_train_the_same_sweep(recipe_file: Path, tmp_path: Path) -> None:
+    first, second = (Sweep(tmp_path / "s", recipe_file) for _ in range(2))
+    with first.locked(), pytest.raises(InputError, match="another process is training the runs in this folder"):
+        list(second.run([]))
+    assert list(second.run([])) == []

@@ -26,7 +26,7 @@ from tinylm.recipe.schema import LENGTHS, DataSection
 from tinylm.reporting import SILENT, Reporter
 from tinylm.scaling.law import MIN_DISTINCT
 from tinylm.suggest import MAX_EPOCHS, MAX_MEMORIZATION, SIZES, Budget, suggest_recipe
-from tinylm.sweep.runner import Training
+from tinylm.sweep.runner import Training, check_sweep_folder
 
 FAMILY = ((2, 64), *SIZES)
 """(number of layers, width) of the models in the experiment and of those that it recommends. Heads are 64 wide."""
@@ -147,8 +147,9 @@ def open_grid(folder: Path) -> tuple[Grid, Recipe]:
 def open_or_plan(folder: Path, request: Request, *, processor: Processor | None = None, reporter: Reporter = SILENT) -> Grid:
     """Return the grid that is stored in the folder, or plan and store a new one.
 
-    Raises `InputError` if the folder contains another experiment, and in the cases of `plan_grid`.
+    Raises `InputError` if the folder contains another experiment, and in the cases of `check_sweep_folder` and `plan_grid`.
     """
+    check_sweep_folder(folder)
     if (folder / GRID_FILE).exists():
         grid, _ = open_grid(folder)
         if grid.request != request:
