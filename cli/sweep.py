@@ -74,7 +74,8 @@ def sweep(
     from tinylm.errors import InputError
     from tinylm.run import RUNS
     from tinylm.sweep import settings
-    from tinylm.sweep.runner import Sweep
+    from tinylm.sweep.runner import Sweep, check_sweep_folder
+    from tinylm.sweep.search import check_space, run_trials
     from tinylm.sweep.summary import summarize
 
     axes = [settings.parse_axis(text) for text in set_ or ()]
@@ -88,18 +89,19 @@ def sweep(
         raise InputError("is required", where="--set", hint="for example --set model.n_embd=128,192 --set seed=1,2,3")
     image = None if plot is None else checked_image(plot)
     file = find_recipe(recipe)
-    fixed = {axis.key: axis.values[0] for axis in axes if len(axis.values) == 1}
-    first = Sweep(Path(), file).recipe(
-        fixed | {interval.key: _format_bound(interval.low, whole=interval.whole) for interval in ranges}
-    )
-    runner = Sweep(RUNS / f"{first.name}-sweep" if out is None else Path(out), file, jobs=jobs, device=device)
+    checked = Sweep(Path(), file)
     if trials is None:
-        planned = _grid(runner, axes)
+        checked.check(settings.grid(axes))
+    else:
+        check_space(checked, axes, ranges)
+    first = checked.recipe({axis.key: axis.values[0] for axis in axes} | {interval.key: interval.bounds[0] for interval in ranges})
+    runner = Sweep(RUNS / f"{first.name}-sweep" if out is None else Path(out), file, jobs=jobs, device=device)
+    check_sweep_folder(runner.folder)
+    if trials is None:
+        planned = _grid(axes)
         run_all: Callable[[], Iterator[Outcome]] = lambda: runner.run(planned)  # noqa: E731
         count = len(planned)
     else:
-        from tinylm.sweep.search import run_trials
-
         run_all = lambda: run_trials(runner, axes, ranges, trials, first.seed)  # noqa: E731
         planned, count = [], trials
     if dry_run:
@@ -110,8 +112,8 @@ def sweep(
     outcomes = sorted(progress.follow(run_all()), key=lambda outcome: (names.index(outcome.name) if names else 0, outcome.name))
     summary = summarize(outcomes)
     n_seeds = seeds or (3 if trials is not None else 1)
-    if n_seeds > 1 and summary.best is not None:
-        repeats = _repeats(summary.best, n_seeds, first.seed)
+    # With more seeds, the best setting may become worse than another one, which is then trained with more seeds, too.
+    while summary.best is not None and (repeats := _repeats(runner, summary.best, n_seeds)):
         progress.total += len(repeats)
         outcomes += progress.follow(runner.run(repeats))
         summary = summarize(outcomes)
@@ -128,35 +130,25 @@ def _swept(axes: Sequence[Axis]) -> list[str]:
     return [axis.key for axis in axes if len(axis.values) > 1]
 
 
-def _format_bound(value: float, *, whole: bool) -> str:
-    return str(int(value)) if whole else f"{value:g}"
-
-
-def _grid(runner: Sweep, axes: Sequence[Axis]) -> list[Training]:
-    """Return the runs of a grid. Raises `InputError` if one of the recipes is not valid."""
+def _grid(axes: Sequence[Axis]) -> list[Training]:
     from tinylm.sweep import settings
     from tinylm.sweep.runner import Training
 
     combinations = settings.grid(axes)
-    for values in combinations:
-        runner.recipe(values)
     return [
         Training(name, values) for name, values in zip(settings.run_names(combinations, _swept(axes)), combinations, strict=True)
     ]
 
 
-def _repeats(best: Group, count: int, seed: int) -> list[Training]:
-    """Return runs of the best setting with other seeds, so that the setting has `count` runs in total."""
+def _repeats(runner: Sweep, best: Group, count: int) -> list[Training]:
+    """Return runs of the best setting with other seeds, so that it is trained with `count` seeds in total."""
     from tinylm.sweep.runner import Training
     from tinylm.sweep.summary import SEED
 
-    used = {int(row.values.get(SEED, seed)) for row in best.rows}
-    free = (candidate for candidate in range(seed, seed + count + len(used)) if candidate not in used)
+    used = {runner.recipe(row.values).seed for row in best.rows}
+    free = [seed for seed in range(min(used), min(used) + count) if seed not in used]
     name = Path(best.rows[0].run).name
-    return [
-        Training(f"{name},seed={other}", {**best.values, SEED: str(other)})
-        for other, _ in zip(free, range(count - len(best.rows)), strict=False)
-    ]
+    return [Training(f"{name},seed={seed}", {**best.values, SEED: str(seed)}) for seed in free[: max(0, count - len(used))]]
 
 
 class _Progress:

@@ -40,6 +40,7 @@ def test_an_invalid_setting_is_rejected(setting: str) -> None:
 )
 def test_a_range_has_bounds_a_scale_and_a_type(setting: str, expected: Range) -> None:
     assert parse_range(setting) == expected
+    assert parse_range(str(expected)) == expected
 
 
 @pytest.mark.parametrize(
@@ -85,3 +86,5 @@ def test_shortened_keys_stay_distinct() -> None:
 def test_a_key_cannot_be_set_twice() -> None:
     with pytest.raises(InputError, match="seed is set twice"):
         check_keys(["seed", "model.n_embd", "seed"])
+    with pytest.raises(InputError, match=r"training.optimizer.lr is part of training.optimizer, which is also set"):
+        check_keys(["training.optimizer.lr", "training.optimizer"])

@@ -45,6 +45,13 @@ def test_runs_that_differ_only_in_the_seed_are_averaged() -> None:
     assert document["best"]["mean"] == pytest.approx(2.1)
 
 
+def test_identical_runs_do_not_count_as_seeds() -> None:
+    same = [outcome("a", 2.0, width="8"), outcome("b", 2.0, width="8"), outcome("c", 2.3, width="8", seed="2")]
+    group = summarize([*same, same[0]]).groups[0]
+    assert [row.run for row in group.rows] == ["runs/a", "runs/b", "runs/c"]
+    assert group.scores == [2.0, 2.3]
+
+
 def test_failed_and_pruned_runs_are_listed_but_never_chosen_as_best() -> None:
     pruned = Outcome("p", "runs/p", {"lr": "9"}, "digest", {"best_val_loss": 1.0, "val_loss": 1.0}, pruned=True)
     summary = summarize([outcome("a", None, lr="1"), pruned, outcome("b", 3.0, lr="2"), outcome("c", math.nan, lr="3")])

@@ -1,4 +1,4 @@
-"""Sweeps: real training runs in separate processes, and stored outcomes."""
+"""Sweeps: real training runs in separate processes, stored outcomes, repeated settings and repeated seeds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from tinylm.pipeline import train
 from tinylm.recipe import load
 from tinylm.run import Run
 from tinylm.sweep.runner import Outcome, Sweep, Training
+from tinylm.sweep.search import run_trials
+from tinylm.sweep.settings import parse_axis
 
 
 @pytest.fixture
@@ -133,3 +135,42 @@ def test_two_processes_cannot_train_the_same_sweep(recipe_file: Path, tmp_path: 
     with first.locked(), pytest.raises(InputError, match="another process is training the runs in this folder"):
         list(second.run([]))
     assert list(second.run([])) == []
+
+
+def instant_runs(losses: dict[tuple[str, str], float], trained: list[str]) -> Any:
+    """Return a `Sweep.run` that does not train. `losses` contains the loss for a dropout and a seed."""
+
+    def run(self: Sweep, planned: Sequence[Training], monitor: object = None) -> Iterator[Outcome]:
+        for training in planned:
+            trained.append(training.name)
+            loss = losses[training.values["model.dropout"], str(self.recipe(training.values).seed)]
+            yield Outcome(training.name, str(self.run_folder(training.name)), training.values, "", {"best_val_loss": loss})
+
+    return run
+
+
+def test_a_search_does_not_train_the_same_values_twice(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("optuna")
+    trained: list[str] = []
+    monkeypatch.setattr(Sweep, "run", instant_runs({("0", "1"): 2.0, ("0.1", "1"): 3.0}, trained))
+    axes = [parse_axis("model.dropout=0,0.1"), parse_axis("seed=1")]
+    outcomes = list(run_trials(Sweep(tmp_path / "s", recipe_file, jobs=2), axes, [], 5, 0))
+    assert [outcome.name for outcome in outcomes] == [f"trial-{number:03}" for number in range(5)]
+    assert {outcome.run for outcome in outcomes} == {str(tmp_path / "s" / name) for name in trained}
+    assert len(trained) == 2
+
+
+def test_the_best_setting_has_the_requested_number_of_seeds(
+    run_cli: RunCli, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = {(dropout, str(seed)): loss for dropout, loss in (("0", 2.6), ("0.1", 2.5)) for seed in range(2, 5)}
+    losses |= {("0", "1"): 2.2, ("0.1", "1"): 2.1}
+    trained: list[str] = []
+    monkeypatch.setattr(Sweep, "run", instant_runs(losses, trained))
+    command = ("sweep", recipe_file, "--set", "model.dropout=0,0.1", "--set", "seed=1.0", "--seeds", "3", "--out", tmp_path / "s")
+    result = document(run_cli(*command, "--json"))
+    assert [name for name in trained if "seed" in name] == [
+        f"dropout={dropout},seed={seed}" for dropout in ("0.1", "0") for seed in (2, 3)
+    ], "one lucky run of dropout 0 is not enough to be the best"
+    assert result["best"]["values"] == {"model.dropout": 0.1}
+    assert [group["runs"] for group in result["groups"]] == [3, 3]

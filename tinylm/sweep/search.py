@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from itertools import pairwise
+from dataclasses import asdict, replace
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinylm.errors import InputError, missing_extra
 from tinylm.evaluation.metrics import Metric, Metrics
+from tinylm.recipe.loader import RecipeError
 from tinylm.sweep.runner import Outcome, Sweep, Training
-from tinylm.sweep.settings import Axis, Range
+from tinylm.sweep.settings import Axis, Range, Values
 
 if TYPE_CHECKING:
     import optuna
@@ -24,20 +25,54 @@ _MARKS_PER_DOUBLING = 2
 """Training runs are compared at fixed token counts, called marks. There are this many marks per doubling of the token count."""
 
 
+def check_space(sweep: Sweep, axes: Sequence[Axis], ranges: Sequence[Range]) -> None:
+    """Raise `InputError` if the recipe is not valid with a value of an axis or a bound of a range, each tried on its own."""
+    first = {axis.key: axis.values[0] for axis in axes} | {interval.key: interval.bounds[0] for interval in ranges}
+    try:
+        for axis in axes:
+            sweep.check({**first, axis.key: value} for value in axis.values)
+        for interval in ranges:
+            for bound in interval.bounds:
+                sweep.recipe({**first, interval.key: bound})
+    except RecipeError as error:
+        options = {f"--set {interval.key}={bound}": f"--range {interval}" for interval in ranges for bound in interval.bounds}
+        problems = [problem.partition(": ") for problem in error.problems]
+        raise RecipeError([f"{options.get(where, where)}: {message}" for where, _, message in problems]) from None
+
+
 def run_trials(sweep: Sweep, axes: Sequence[Axis], ranges: Sequence[Range], trials: int, seed: int) -> Iterator[Outcome]:
     """Run `trials` trials and yield the outcome of each. An interrupted search resumes with the remaining trials.
 
-    Raises `InputError` if Optuna is missing, or if the folder contains a search over different values.
+    A trial with the same values as an earlier one is not trained. Its outcome refers to the run of the earlier trial. Raises
+    `InputError` if Optuna is missing, or if the folder contains a search over different values.
     """
-    study = _open_study(sweep, axes, ranges, seed)
-    for start in range(0, trials, sweep.jobs):
-        known = study.get_trials(deepcopy=False)
-        asked = [_continue_or_ask(study, known, number, axes, ranges) for number in range(start, min(start + sweep.jobs, trials))]
-        trials_by_name = {f"trial-{trial.number:03}": trial for trial in asked}
-        monitor = _Pruners({name: _Pruner(trial) for name, trial in trials_by_name.items()})
-        for outcome in sweep.run([Training(name, trial.user_attrs["values"]) for name, trial in trials_by_name.items()], monitor):
-            _tell(study, trials_by_name[outcome.name], outcome)
-            yield outcome
+    with sweep.locked():
+        study = _open_study(sweep, axes, ranges, seed)
+        finished: dict[str, Outcome] = {}
+        for start in range(0, trials, sweep.jobs):
+            known = study.get_trials(deepcopy=False)
+            asked: dict[str, list[optuna.Trial]] = {}
+            for number in range(start, min(start + sweep.jobs, trials)):
+                trial = _continue_or_ask(study, known, number, axes, ranges)
+                asked.setdefault(_key(trial.user_attrs["values"]), []).append(trial)
+            repeated = [finished[key] for key in asked if key in finished]
+            new = {_name(trial): trial for key, (trial, *_) in asked.items() if key not in finished}
+            monitor = _Pruners({name: _Pruner(trial) for name, trial in new.items()})
+            planned = [Training(name, trial.user_attrs["values"]) for name, trial in new.items()]
+            for outcome in chain(repeated, sweep.run(planned, monitor)):
+                key = _key(outcome.values)
+                finished[key] = outcome
+                for trial in asked[key]:
+                    _tell(study, trial, outcome)
+                    yield replace(outcome, name=_name(trial))
+
+
+def _name(trial: optuna.Trial) -> str:
+    return f"trial-{trial.number:03}"
+
+
+def _key(values: Values) -> str:
+    return json.dumps(values, sort_keys=True)
 
 
 def _open_study(sweep: Sweep, axes: Sequence[Axis], ranges: Sequence[Range], seed: int) -> optuna.Study:
@@ -46,7 +81,6 @@ def _open_study(sweep: Sweep, axes: Sequence[Axis], ranges: Sequence[Range], see
     except ImportError:
         raise missing_extra("sweep", "searching with --trials") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    sweep.folder.mkdir(parents=True, exist_ok=True)
     storage = f"sqlite:///{sweep.folder / 'optuna.db'}"
     space = json.dumps([[asdict(axis) for axis in axes], [asdict(interval) for interval in ranges]], sort_keys=True)
     study = optuna.create_study(study_name="sweep", storage=storage, direction="minimize", load_if_exists=True)

@@ -37,6 +37,16 @@ class Range:
     """Sample values uniformly on a logarithmic scale."""
     whole: bool
 
+    def __str__(self) -> str:
+        low, high = self.bounds
+        return f"{self.key}={low}..{high}{':log' if self.log else ''}"
+
+    @property
+    def bounds(self) -> tuple[str, str]:
+        """Both bounds, as values of the key."""
+        low, high = (str(int(bound)) if self.whole else f"{bound:g}" for bound in (self.low, self.high))
+        return low, high
+
 
 def parse_axis(setting: str) -> Axis:
     """Parse `KEY=A,B,C`. Commas inside brackets or quotes do not separate values. Raises `InputError` for any other form."""
@@ -87,10 +97,14 @@ def parse_range(setting: str) -> Range:
 
 
 def check_keys(keys: Sequence[str]) -> None:
-    """Raise `InputError` if a key is set twice."""
+    """Raise `InputError` if a key is set twice, or if a section and a key in it are set, because one could replace the other."""
     for key in keys:
         if keys.count(key) > 1:
             raise InputError(f"{key} is set twice", where="--set, --range")
+        for inner in keys:
+            if inner.startswith(f"{key}."):
+                hint = f"set the keys of {key} one by one"
+                raise InputError(f"{inner} is part of {key}, which is also set", where="--set, --range", hint=hint)
 
 
 def grid(axes: Sequence[Axis]) -> list[dict[str, str]]:

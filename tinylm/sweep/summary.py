@@ -53,7 +53,9 @@ class Group:
 
     @property
     def scores(self) -> list[float]:
-        return [row.best for row in self.rows if row.best is not None and math.isfinite(row.best)]
+        """The primary metric of each seed. Runs with the same seed are identical, so they count once."""
+        by_seed = {row.values.get(SEED): row.best for row in self.rows if row.best is not None and math.isfinite(row.best)}
+        return list(by_seed.values())
 
     @property
     def mean(self) -> float | None:
@@ -106,9 +108,9 @@ class Summary:
 
 
 def summarize(outcomes: Sequence[Outcome]) -> Summary:
-    """Group and rank the outcomes of a sweep."""
+    """Group and rank the outcomes of a sweep. Outcomes that refer to the same run give one row."""
     metric = _primary_metric(outcomes)
-    rows = [_row(outcome, metric) for outcome in outcomes]
+    rows = [_row(outcome, metric) for outcome in {outcome.run: outcome for outcome in outcomes}.values()]
     groups: dict[tuple[tuple[str, str], ...], Group] = {}
     for row in rows:
         values = {key: value for key, value in row.values.items() if key != SEED}
