@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from conftest import StopAt, tiny_recipe
@@ -18,15 +20,18 @@ from tinylm.run import Run
 from tinylm.training import tracking
 from tinylm.training.metrics import Observer
 
+Values = list[tuple[str, int, float]]
+"""The key, step and value of each logged number."""
 
-def logged(run: Path) -> dict[tuple[str, int], float]:
-    """Return the numbers in metrics.jsonl by key and step."""
-    return {
-        (key, line["step"]): value
+
+def logged(run: Path) -> Values:
+    """Return the numbers in metrics.jsonl, sorted."""
+    return sorted(
+        (key, line["step"], value)
         for line in Run.open(run).metrics()
         for key, value in line.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and key != "step"
-    }
+    )
 
 
 def leveldb_records(content: bytes) -> Iterator[bytes]:
@@ -53,29 +58,35 @@ def test_tensorboard_contains_all_metrics_of_a_resumed_run(text_file: Path, tmp_
     events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"), {"scalars": 0})
     events.Reload()
     shown = {(key, scalar.step): scalar.value for key in events.Tags()["scalars"] for scalar in events.Scalars(key)}
-    expected = logged(tmp_path / "run")
+    expected = {(key, step): value for key, step, value in logged(tmp_path / "run")}
     assert shown.keys() == expected.keys()
     assert all(math.isclose(shown[key], expected[key], rel_tol=1e-6) for key in expected)
     assert ("val_loss", 20) in shown
 
 
-def test_wandb_receives_all_metrics_offline(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_contains_all_metrics_of_a_killed_and_resumed_run_offline(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    train(tiny_recipe(text_file, "modern", "tracking=wandb", "training.steps=5"), tmp_path / "run", device="cpu")
+    recipe = tiny_recipe(text_file, "modern", "tracking=wandb", "training.steps=8", "checkpoint.every=4", "checkpoint.keep=2")
+    train(recipe, tmp_path / "run", device="cpu", observer=StopAt(6))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000006")  # as if it was killed after step 6
+    train(recipe, tmp_path / "run", device="cpu", resume=True)
 
     wandb.teardown()  # wandb's service writes the file in the background
     from wandb.proto import wandb_internal_pb2
 
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
-    shown: dict[tuple[str, int], float] = {}
+    shown: Values = []
     for data in leveldb_records(file.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-        shown.update({(key, items["step"]): value for key, value in items.items() if key != "step" and not key.startswith("_")})
-    assert shown == logged(tmp_path / "run")
+        shown += [(key, items["step"], value) for key, value in items.items() if key != "step" and not key.startswith("_")]
+    assert sorted(shown) == logged(tmp_path / "run")
+    assert [step for key, step, _ in sorted(shown) if key == "loss"] == list(range(1, 9))
 
 
 class RecordingBackend:
@@ -84,11 +95,10 @@ class RecordingBackend:
     def __init__(self, fail_at: int | None = None) -> None:
         self.fail_at = fail_at
         self.steps: list[int] = []
-        self.history: Sequence[tuple[int, dict[str, float]]] = ()
-        self.closed = False
+        self.started = self.closed = False
 
-    def restart(self, history: Sequence[tuple[int, dict[str, float]]]) -> None:
-        self.history = history
+    def start(self) -> None:
+        self.started = True
 
     def log(self, step: int, values: object) -> None:
         if step == self.fail_at:
@@ -129,8 +139,24 @@ def test_a_resumed_run_sends_its_history_to_the_tracker(text_file: Path, tmp_pat
     train(recipe, tmp_path / "run", device="cpu", resume=True)
     first, second = backends
     assert first.closed
-    assert {step for step, _ in second.history} == {1, 2, 3, 4}
-    assert set(second.steps) == set(range(5, 21))
+    assert second.started
+    assert list(dict.fromkeys(second.steps)) == list(range(1, 21))
+
+
+def test_a_resumed_run_becomes_a_new_trackio_run_with_its_history(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[Values] = []
+    stub = ModuleType("trackio")
+    stub.init = lambda project, **options: runs.append([])  # type: ignore[attr-defined]
+    stub.log = lambda values, step: runs[-1].extend((key, step, value) for key, value in values.items())  # type: ignore[attr-defined]
+    stub.finish = lambda: None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "trackio", stub)
+    recipe = tiny_recipe(text_file, "modern", "tracking=trackio")
+    train(recipe, tmp_path / "run", device="cpu", observer=StopAt(4))
+    train(recipe, tmp_path / "run", device="cpu", resume=True)
+    assert len(runs) == 2
+    assert sorted(runs[-1]) == logged(tmp_path / "run")
 
 
 def test_a_missing_tracking_package_is_reported_before_training(

@@ -5,7 +5,6 @@ Values have the same keys as in metrics.jsonl, for example `loss` and `val_loss`
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -22,15 +21,15 @@ _NOT_LOGGED = ("step", "batch")
 
 
 class Backend(Protocol):
-    """A tracking service or library. `restart` is called once, before `log`."""
+    """A tracking service or library. `start` is called once, before `log`."""
 
     @property
     def errors(self) -> tuple[type[Exception], ...]:
         """The exceptions that the methods may raise, for example if the disk is full. Training continues without the tracker."""
         ...
 
-    def restart(self, history: Sequence[tuple[int, dict[str, float]]]) -> None:
-        """Begin a run, or continue a resumed one. `history` contains (step, values) for everything that was logged before."""
+    def start(self) -> None:
+        """Begin an empty run. Discard what was logged for this run folder before, if that is possible."""
         ...
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
@@ -39,7 +38,7 @@ class Backend(Protocol):
 
 
 class TensorBoard:
-    """Writes event files to the `tensorboard` folder in the run folder. A resumed run writes its history again."""
+    """Writes event files to the `tensorboard` folder in the run folder."""
 
     errors = (OSError,)
 
@@ -52,12 +51,10 @@ class TensorBoard:
         self._recipe = recipe
         self._make_writer = SummaryWriter
 
-    def restart(self, history: Sequence[tuple[int, dict[str, float]]]) -> None:
+    def start(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._writer = self._make_writer(str(self._folder))
         self._writer.add_text("recipe", f"```yaml\n{self._recipe.to_yaml()}```", 0)
-        for step, values in history:
-            self.log(step, values)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():
@@ -68,7 +65,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Logs to the `tinylm` project. With WANDB_MODE=offline, everything stays in the `wandb` folder in the run folder."""
+    """Logs to the `tinylm` project. With WANDB_MODE=offline, everything stays in the `wandb` folder in the run folder.
+
+    Values cannot be removed from a W&B run, so a resumed run becomes a new W&B run. Only offline runs are replaced.
+    """
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         try:
@@ -76,17 +76,19 @@ class WeightsAndBiases:
         except ImportError:
             raise missing_extra("wandb", "tracking: wandb") from None
         self._wandb = wandb
+        self._folder = folder / "wandb"
         self.errors = (wandb.Error, OSError)
         self._settings: dict[str, Any] = {
             "project": "tinylm",
             "name": folder.name,
-            "id": hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16],
             "dir": str(folder),
             "config": flattened(recipe.as_dict()),
         }
 
-    def restart(self, history: Sequence[tuple[int, dict[str, float]]]) -> None:
-        self._run = self._wandb.init(**self._settings, resume="allow" if history else None)
+    def start(self) -> None:
+        for offline in self._folder.glob("offline-run-*"):
+            shutil.rmtree(offline, ignore_errors=True)
+        self._run = self._wandb.init(**self._settings)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -98,7 +100,7 @@ class WeightsAndBiases:
 
 
 class Trackio:
-    """Logs to the local `tinylm` project in trackio."""
+    """Logs to the local `tinylm` project in trackio. A resumed run becomes a new run in trackio, as in W&B."""
 
     errors = (OSError,)
 
@@ -110,8 +112,8 @@ class Trackio:
         self._trackio = trackio
         self._name, self._config = folder.name, flattened(recipe.as_dict())
 
-    def restart(self, history: Sequence[tuple[int, dict[str, float]]]) -> None:
-        self._trackio.init("tinylm", name=self._name, config=self._config, resume="allow" if history else "never", embed=False)
+    def start(self) -> None:
+        self._trackio.init("tinylm", name=self._name, config=self._config, resume="never", embed=False)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._trackio.log(dict(values), step=step)
@@ -138,18 +140,23 @@ class Tracker(Observer):
         self._failed = False
 
     def resumed(self, steps: Sequence[StepEvent], evaluations: Sequence[EvaluationEvent]) -> None:
+        """Start the tracker and log the whole history again, because a killed run may have logged more or less than it saved."""
+        self._call(self._backend.start)
         events: list[StepEvent | EvaluationEvent] = [*steps, *evaluations]
-        history = [(event.step, _values(event)) for event in events]
-        self._call(lambda: self._backend.restart(history))
+        for event in sorted(events, key=lambda event: event.step):
+            self._log(event)
 
     def step(self, event: StepEvent) -> None:
-        self._call(lambda: self._backend.log(event.step, _values(event)))
+        self._log(event)
 
     def evaluation(self, event: EvaluationEvent) -> None:
-        self._call(lambda: self._backend.log(event.step, _values(event)))
+        self._log(event)
 
     def close(self) -> None:
         self._call(self._backend.close)
+
+    def _log(self, event: StepEvent | EvaluationEvent) -> None:
+        self._call(lambda: self._backend.log(event.step, _values(event)))
 
     def _call(self, function: Callable[[], None]) -> None:
         if self._failed:
