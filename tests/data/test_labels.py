@@ -91,6 +91,14 @@ def test_a_split_is_stratified_by_label_and_keeps_identical_texts_together() -> 
     assert {texts[i].text for i in chosen["heldout"]} == {texts[::-1][i].text for i in shuffled["heldout"]}
 
 
+def test_a_split_leaves_texts_of_every_label_for_training() -> None:
+    texts = [*(LabeledText(f"text {i}", "a") for i in range(40)), *[LabeledText("same", "b")] * 20]
+    chosen = stratified(texts, {"heldout": 0.1, "test": 0.2})
+    assert Counter(texts[index].label for index in chosen["train"]) == {"a": 28, "b": 20}
+    pair = stratified([LabeledText("x", "a"), LabeledText("y", "a")], {"heldout": 0.4, "test": 0.4})
+    assert {part: len(indexes) for part, indexes in pair.items()} == {"heldout": 1, "test": 0, "train": 1}
+
+
 def test_a_smaller_fraction_of_the_training_texts_is_a_subset_of_a_larger_one() -> None:
     texts = [LabeledText(f"text {i}", "ab"[i % 2]) for i in range(200)]
     tenth, half = set(subset(texts, 0.1)), set(subset(texts, 0.5))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,7 +88,8 @@ def stratified(texts: Sequence[LabeledText], shares: Mapping[str, float]) -> dic
     """Divide texts into splits with the same fraction of each label's texts. Return sorted indices into `texts` for each split.
 
     `shares` maps each split to its fraction of each label's texts. The rest is the split `train`. The choice depends only on a hash
-    of the text, and identical texts are in the same split. A split may contain no text with a rare label.
+    of the text, and identical texts are in the same split. At least one text with each label, and its duplicates, remains for
+    training, so the other splits may contain no text with a rare label.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for index, item in enumerate(texts):
@@ -99,14 +100,14 @@ def stratified(texts: Sequence[LabeledText], shares: Mapping[str, float]) -> dic
     chosen: dict[str, list[int]] = {part: [] for part in (*shares, "train")}
     for label_groups in by_label.values():
         total = sum(map(len, label_groups))
-        ordered = iter(sorted(label_groups, key=lambda members: _hash(texts[members[0]].text)))
+        remaining = deque(sorted(label_groups, key=lambda members: _hash(texts[members[0]].text)))
         for part, share in shares.items():
             count, wanted = 0, round(share * total)
-            while count < wanted:
-                members = next(ordered)
+            while count < wanted and len(remaining) > 1:
+                members = remaining.popleft()
                 chosen[part] += members
                 count += len(members)
-        chosen["train"] += [index for members in ordered for index in members]
+        chosen["train"] += [index for members in remaining for index in members]
     return {part: sorted(indexes) for part, indexes in chosen.items()}
 
 
