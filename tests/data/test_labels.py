@@ -50,6 +50,11 @@ def test_parquet_files_and_folders_are_read_like_json_lines(tmp_path: Path) -> N
     assert sorted(read(tmp_path / "folder"), key=str) == sorted(texts, key=str)
 
 
+def test_whitespace_around_a_label_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text, label\nx, spam\ny,spam \n")
+    assert [item.label for item in read(tmp_path / "a.csv")] == ["spam", "spam"]
+
+
 def test_numbers_and_booleans_become_labels_in_json_notation(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "a.jsonl", [("x", 1), ("y", True), ("z\nsecond line", 0.5)])
     assert [item.label for item in read(file)] == ["1", "true", "0.5"]
@@ -63,6 +68,8 @@ def test_numbers_and_booleans_become_labels_in_json_notation(tmp_path: Path) -> 
         ('{"text": "a", "label": null}\n', "'label' must be a label, not null"),
         ('{"text": 3, "label": "a"}\n', "'text' must be text, not 3"),
         ('{"text": "a", "label": ["a"]}\n', "must be a label"),
+        ('{"text": "a", "label": NaN}\n', "must be a label, not NaN"),
+        ('{"text": "a", "label": " "}\n', "'label' is empty"),
     ],
 )
 def test_the_error_for_an_invalid_record_contains_its_line_number(tmp_path: Path, content: str, problem: str) -> None:

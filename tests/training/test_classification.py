@@ -272,6 +272,8 @@ def test_wrong_labels_in_the_recipe_are_reported(folder: Path, tmp_path: Path) -
         prepared("objective: {labels: [tool, fruit, color, x]}\n")
     with pytest.raises(InputError, match="no training text has the label 'x'"):
         prepared("objective: {class_weights: {x: 2}}\n")
+    with pytest.raises(InputError, match="at least one label must have a weight above 0"):
+        prepared("objective: {class_weights: {tool: 0, fruit: 0, color: 0}}\n")
 
 
 @pytest.mark.parametrize("architecture", ["encoder", "decoder"])

@@ -93,8 +93,12 @@ class PreparedLabels(PreparedData):
         if len(labels) < 2:
             hint = "a classifier needs texts with at least two labels"
             raise InputError(f"all training texts have the label {labels[0]!r}", where="data.label", hint=hint)
-        if isinstance(objective.class_weights, dict) and (extra := sorted({*objective.class_weights} - {*labels})):
-            raise InputError(f"no training text has the label {_listed(extra)}", where="objective.class_weights")
+        if isinstance(objective.class_weights, dict):
+            weights = objective.class_weights
+            if extra := sorted({*weights} - {*labels}):
+                raise InputError(f"no training text has the label {_listed(extra)}", where="objective.class_weights")
+            if not any(weights.get(label, 1.0) for label in labels):
+                raise InputError("at least one label must have a weight above 0", where="objective.class_weights")
         label_counts = tuple(counts[label] for label in labels)
         if objective.label_counts not in ((), label_counts):
             raise InputError(

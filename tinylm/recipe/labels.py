@@ -63,7 +63,8 @@ class LabelsSection(DataVariant):
     text: str = "text"
     """The field or column that contains the text."""
     label: str = "label"
-    """The field or column that contains the label. Numbers and booleans become labels in JSON notation."""
+    """The field or column that contains the label. Numbers and booleans become labels in JSON notation. Whitespace around a label
+    is removed."""
     errors: Literal["strict", "replace"] = "strict"
     """What to do with bytes that are not UTF-8. `strict` reports an error, and `replace` substitutes U+FFFD."""
     train_share: ShareAboveZero = 1.0
@@ -106,7 +107,7 @@ class ClassificationObjective(ObjectiveVariant):
     reduces overfitting to single words. At least one token remains."""
     class_weights: ClassWeights = "none"
     """The weight of each label in the loss: `none`, `balanced` (inversely proportional to its frequency in the training texts), or
-    a number for each label. A label without a number has weight 1."""
+    a number for each label. A label without a number has weight 1. At least one weight must be above 0."""
     labels: LabelList = ()
     """The labels in output order. `[]` means all labels in the training texts, sorted. The run's recipe lists them."""
     label_counts: Counts = ()

@@ -30,7 +30,10 @@ class LabeledText:
 
 @dataclass(frozen=True)
 class LabeledRecordFormat(RecordFormat):
-    """Converts a record to a document: the label as JSON on the first line, then the text."""
+    """Converts a record to a document: the label as JSON on the first line, then the text.
+
+    Labels have no whitespace at the beginning and end.
+    """
 
     label: str = "label"
 
@@ -52,10 +55,13 @@ class LabeledRecordFormat(RecordFormat):
         value = record[self.label]
         if isinstance(value, bytes):  # a column of a Parquet file
             value = value.decode("utf-8", "replace")
-        if not isinstance(value, (str, bool, int, float)):
+        if not isinstance(value, (str, bool, int, float)) or value != value:
             shown = json.dumps(value, default=str)[:40]
             raise InputError(f"field {self.label!r} must be a label, not {shown}", where=where, hint=_HINT)
-        return f"{json.dumps(value if isinstance(value, str) else json.dumps(value))}\n{text}"
+        label = value.strip() if isinstance(value, str) else json.dumps(value)
+        if not label:
+            raise InputError(f"field {self.label!r} is empty", where=where, hint="add a label or remove the record")
+        return f"{json.dumps(label)}\n{text}"
 
 
 def read_labeled(sources: Sequence[str], text: str, label: str, errors: str) -> Iterator[LabeledText]:
