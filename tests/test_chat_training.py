@@ -73,6 +73,13 @@ def reference_sum(network: torch.nn.Module, prepared: PreparedChat, index: int) 
     return -sum(float(logprobs[position - 1, ids[position]]) for position in scored), len(scored)
 
 
+def test_a_sample_prompt_that_is_longer_than_the_context_is_refused_before_training(recipe: Recipe, tmp_path: Path) -> None:
+    sampling = recipe.sampling.model_copy(update={"every": 3, "prompts": ("word " * 100,)})
+    with pytest.raises(InputError, match=r"sampling.prompts: 'word .* tokens, but the model's context has only 64"):
+        train(recipe.model_copy(update={"sampling": sampling}), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_only_the_answers_and_their_end_of_turn_tokens_are_targets(prepared: PreparedChat) -> None:
     encoder, tokenizer = prepared.encoder, prepared.tokenizer
     turns = prepared.train[0]

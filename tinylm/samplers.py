@@ -8,9 +8,10 @@ import numpy as np
 
 from tinylm.data.bucketed_pairs import PairFraming
 from tinylm.data.framing import Framing
+from tinylm.errors import InputError
 from tinylm.evaluation import classification
 from tinylm.evaluation.filling import fill
-from tinylm.generation.chat import ChatSession
+from tinylm.generation.chat import ChatSession, chat_prompt
 from tinylm.generation.engine import generate
 from tinylm.generation.sampling import SamplingOptions
 from tinylm.model.base import Model
@@ -23,8 +24,10 @@ from tinylm.recipe.encoder import MaskedLMObjective
 from tinylm.recipe.labels import ClassificationObjective
 from tinylm.recipe.pairs import TranslationObjective
 from tinylm.recipe.schema import ObjectiveVariant
+from tinylm.text.conversations import USER, Message
 from tinylm.tokenizer import Tokenizer
 from tinylm.tokenizer.chat_template import ChatEncoder, ChatTemplate
+from tinylm.tokenizer.control_tokens import encode_with_masks
 from tinylm.translation.translator import Translator
 
 Samples = Iterator[tuple[str, str]]
@@ -81,6 +84,23 @@ _SAMPLERS: dict[type[ObjectiveVariant], Callable[[Model, Tokenizer, Recipe], Sam
     ClassificationObjective: classified_texts,
     TranslationObjective: translated_texts,
 }
+
+
+def check_prompts(tokenizer: Tokenizer, recipe: Recipe) -> None:
+    """Raise `InputError` if a prompt does not fit into the context. Only masked texts and chat messages must fit."""
+    section = recipe.sampling
+    for prompt in section.prompts if section.every is not None else ():
+        where = f"sampling.prompts: {prompt[:40]!r}"
+        if isinstance(recipe.data, ChatSection | PreferencesSection):
+            encoder = ChatEncoder(ChatTemplate(), tokenizer)
+            try:
+                chat_prompt([Message(USER, prompt)], encoder, recipe.model.context_length, section.max_new_tokens)
+            except InputError as error:
+                raise InputError(error.message, where=where, hint=error.hint) from None
+        elif isinstance(recipe.objective, MaskedLMObjective):
+            length, room = len(encode_with_masks(tokenizer, prompt)), Framing.of(tokenizer, recipe.model).room
+            if length > room:
+                raise InputError(f"has {length} tokens, but only {room} fit into the context", where=where, hint="shorten it")
 
 
 def samples(network: Model, tokenizer: Tokenizer, recipe: Recipe) -> Samples:

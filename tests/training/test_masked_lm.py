@@ -44,6 +44,13 @@ def _losses(run: Run) -> list[float]:
     return [line["loss"] for line in run.metrics() if line["kind"] == "step"]
 
 
+def test_a_sample_prompt_that_is_longer_than_the_context_is_refused_before_training(tmp_path: Path) -> None:
+    recipe = masked_recipe(tmp_path, extra="sampling: {every: 3, prompts: ['[MASK] is longer than the context']}\n")
+    with pytest.raises(InputError, match=r"sampling.prompts: .* has 28 tokens, but only 14 fit into the context"):
+        train(recipe, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_a_resumed_run_is_bitwise_equal(run: Run, tmp_path: Path) -> None:
     train(run.recipe, tmp_path / "other", device="cpu")
     other = Run.open(tmp_path / "other")

@@ -27,16 +27,21 @@ from tinylm.recipe.mixture import MixedSource, describe_epochs, describe_shares
 from tinylm.recipe.schema import DataSection, require_text
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Run
+from tinylm.samplers import check_prompts
 from tinylm.training import objectives
 from tinylm.training.distillation import Teachers
 
 
 def prepare_data(job: TrainingJob, processes: Processes, reporter: Reporter) -> TrainingData:
-    """Prepare the text and the dataset. Raises `InputError` if the text is too short or the schedule or batch size is invalid."""
+    """Prepare the text and the dataset.
+
+    Raises `InputError` if the text is too short, a sample prompt is too long, or the schedule or batch size is invalid.
+    """
     recipe = job.recipe
     if not recipe.model.learns_by_counting:
         processes.run_on_main(lambda: check_batch_divides(recipe, processes.world_size))
     prepared = _prepare_on_every_machine(job, processes, reporter)
+    processes.run_on_main(lambda: check_prompts(prepared.tokenizer, recipe))
     dataset = processes.run_on_all(lambda: formats.find(recipe.data).dataset(recipe, prepared))
     steps = training_steps(recipe.training, dataset.tokens_per_example, dataset.examples_per_epoch)
     warmup = recipe.training.schedule.warmup
