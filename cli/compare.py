@@ -21,6 +21,8 @@ from tinylm.errors import InputError
 from tinylm.evaluation.curves import comparable_metric
 from tinylm.evaluation.metrics import Metric
 
+from . import compare_scores
+from .compare_scores import ScoreComparison
 from .console import (
     DEVICE,
     ERRORS,
@@ -42,6 +44,12 @@ from .console import (
 if TYPE_CHECKING:
     from tinylm.evaluation.comparison import Comparison, ModelTest
 
+_UNUSED_OPTIONS = {
+    "translation": ("field", "template", "errors", "stride"),
+    "classification": ("field", "template", "errors", "stride"),
+    "masked_lm": ("stride",),
+}
+"""The options that have no effect on models that are not language models, by objective."""
 _DIFFERENT_TEXTS = "the runs have different held-out texts"
 app = typer.Typer(add_completion=False)
 
@@ -86,56 +94,71 @@ def compare(
     metric = comparable_metric(every_run)
     recipes, curves = _recipe_differences(opened), _curves(opened, metric)
 
+    objectives = {run.recipe.objective.name for run in every_run}
+    objective = min(objectives) if len(objectives) == 1 else ""
+    if unused := given_options(ctx, _UNUSED_OPTIONS.get(objective, ())):
+        raise InputError(f"has no effect on models trained with the {objective} objective", where=", ".join(unused))
+
     from tinylm.device import set_threads
 
-    if all(run.recipe.objective.name == "translation" for run in every_run):
+    set_threads(threads)
+    reporter = ConsoleReporter(stderr_console(), quiet=quiet)
+    document: dict[str, Any] = {
+        "runs": [model.name for model in opened],
+        "recipes": recipes,
+        "curves": curves,
+        "curve_metric": metric.name,
+    }
+
+    def print_tables() -> Console:
+        console = stdout_console()
+        _print_table(console, "recipe", runs, recipes, _formatted)
+        _print_table(console, f"{metric.heading} at step{metric.direction}", runs, curves, metric.formatted)
+        return console
+
+    if objective == "translation":
         from . import compare_translators
 
-        if unused := given_options(ctx, ("field", "template", "errors", "stride")):
-            raise InputError("has no effect on translation models", where=", ".join(unused))
-        set_threads(threads)
-        shared = {"runs": [model.name for model in opened], "recipes": recipes, "curves": curves, "curve_metric": metric.name}
         if not json:
-            console = stdout_console()
-            _print_table(console, "recipe", runs, recipes, _formatted)
-            _print_table(console, f"{metric.heading} at step{metric.direction}", runs, curves, metric.formatted)
-        compare_translators.compare(every_run, on or [], split, shared, device=device, json=json, quiet=quiet)
+            print_tables()
+        compare_translators.compare(every_run, on or [], split, document, device=device, json=json, quiet=quiet)
         return
 
     from tinylm.evaluation.comparison import compare_runs, share_text
     from tinylm.evaluation.evaluate_run import TextFormat
 
-    set_threads(threads)
-    reporter = ConsoleReporter(stderr_console(), quiet=quiet)
-    comparison = None
-    if on or share_text(every_run, split):
-        text_format = TextFormat(field, template, errors)
+    text_format = TextFormat(field, template, errors)
+    text = ", ".join(on) if on else f"the {PART_NAMES[split]}"
+    document |= {"text": text, "split": None if on else split}
+    comparison: Comparison | ScoreComparison | None = None
+    not_tested = None
+    if not objective and objectives & {*_UNUSED_OPTIONS}:
+        not_tested = "the runs have different objectives"
+    elif not on and not share_text(every_run, split):
+        not_tested = _DIFFERENT_TEXTS
+    elif objective in compare_scores.METRICS:
+        comparison, not_tested = compare_scores.compare(
+            opened, on or (), split=split, text_format=text_format, device=device, reporter=reporter
+        )
+    else:
         comparison = compare_runs(
             opened, on or (), split=split, stride=stride, text_format=text_format, device=device, reporter=reporter
         )
-    text = ", ".join(on) if on else f"the {PART_NAMES[split]}"
     if json:
-        document: dict[str, Any] = {
-            "runs": [model.name for model in opened],
-            "recipes": recipes,
-            "curves": curves,
-            "curve_metric": metric.name,
-            "text": text,
-            "split": None if on else split,
-        }
-        print_json(document | (comparison.as_dict() if comparison is not None else {"tests": [], "not_tested": _DIFFERENT_TEXTS}))
+        print_json(document | ({"tests": [], "not_tested": not_tested} if comparison is None else comparison.as_dict()))
     else:
-        console = stdout_console()
-        _print_table(console, "recipe", runs, recipes, _formatted)
-        _print_table(console, f"{metric.heading} at step{metric.direction}", runs, curves, metric.formatted)
-        if comparison is not None:
+        console = print_tables()
+        if isinstance(comparison, ScoreComparison):
+            comparison.print(console, text)
+        elif comparison is not None:
             _print_comparison(console, comparison, text)
-    if comparison is not None:
+    if comparison is None:
+        hint = ": choose a text with --on" if not_tested == _DIFFERENT_TEXTS else ""
+        reporter.warn(f"{not_tested}, so their results are not comparable{hint}")
+    elif not isinstance(comparison, ScoreComparison):
         leaks = [run.path for run in comparison.runs if (largest_share(run.overlaps) or 0) > WARN_ABOVE]
         if leaks:
             reporter.warn(f"much of the text also occurs in the training text of {', '.join(leaks)}: see the 'overlap' column")
-    else:
-        reporter.warn(f"{_DIFFERENT_TEXTS}, so their results are not comparable: choose a text with --on")
 
 
 def _print_comparison(console: Console, comparison: Comparison, text: str) -> None:

@@ -105,6 +105,31 @@ def test_eval_prints_the_metrics_of_a_classifier(run_cli: RunCli, classifier: Pa
     assert "1 text with a label that the model does not have" in shown.out
 
 
+@pytest.mark.parametrize("name", ["classifier", "masked"])
+def test_compare_tests_the_difference_between_two_models_on_the_same_texts(
+    run_cli: RunCli, request: pytest.FixtureRequest, name: str
+) -> None:
+    metric = {"classifier": "accuracy", "masked": "masked_loss"}[name]
+    checkpoints = [request.getfixturevalue(name) / "checkpoints" / step for step in ("step-000003", "step-000006")]
+    scores = [run_cli("eval", "--run", path, "--json", "-q").json[metric] for path in checkpoints]
+    document = run_cli("compare", *checkpoints, "--json").json
+    (test,) = document["tests"]
+    assert document["curve_metric"] == metric
+    assert [row["name"] for row in document["curves"]] == [3, 6]
+    assert [test[f"a_{metric}"], test[f"b_{metric}"]] == pytest.approx(scores)
+    assert test["difference"] == pytest.approx(scores[0] - scores[1])
+    assert test["ci95"][0] <= test["difference"] <= test["ci95"][1]
+    shown = run_cli("compare", *checkpoints).out
+    assert "vs. first run" in shown
+
+
+def test_compare_runs_no_tests_if_the_models_have_different_objectives(run_cli: RunCli, masked: Path, classifier: Path) -> None:
+    compared = run_cli("compare", masked, classifier, "--json")
+    assert (compared.json["tests"], compared.json["not_tested"]) == ([], "the runs have different objectives")
+    assert "the runs have different objectives, so their results are not comparable" in compared.err
+    assert "objective.name" in [row["name"] for row in compared.json["recipes"]]
+
+
 def test_nearest_finds_the_lines_most_similar_to_a_sentence(run_cli: RunCli, masked: Path, tmp_path: Path) -> None:
     (tmp_path / "lines.txt").write_text("\n".join([*LINES, "", LINES[0]]) + "\n")
     options = ("--run", masked, "--which", "sentence", "--pool", "mean", "--out", tmp_path / "lines.safetensors", "--json")

@@ -15,7 +15,7 @@ from tinylm.errors import InputError
 from tinylm.evaluation import classification
 from tinylm.evaluation.classification import ClassifierScores
 from tinylm.evaluation.classify_texts import TextClassifier, heldout_texts, mean_log_probabilities, require_classifier
-from tinylm.evaluation.intervals import bootstrap_ratio
+from tinylm.evaluation.intervals import PairedDifference, bootstrap_ratio, paired_difference
 from tinylm.evaluation.label_baselines import majority_scores, tfidf_linear_scores
 from tinylm.recipe.labels import LabelsSection
 from tinylm.reporting import SILENT, Reporter
@@ -125,16 +125,9 @@ def evaluate_classifier(
     run, chosen = ensemble.members[0].run, ensemble.members[0].checkpoint
     labels = require_classifier(run).labels
     classifier = TextClassifier(ensemble, devices.resolve(device))
-    if sources:
-        items = _read(run, sources)
-        documents = [np.array(run.tokenizer.encode(item.text), dtype=np.int64) for item in items]
-        index = {label: id for id, label in enumerate(labels)}
-        targets = np.array([index.get(item.label, UNSEEN) for item in items])
-        names = [item.label for item in items]
-    else:
-        shard = heldout_texts(run, split)
-        documents, targets, items = shard.documents(), shard.ids(labels), []
-        names = [shard.names[id] for id in shard.labels]
+    items = _read(run, sources) if sources else []
+    documents, names = _encoded(run, items, split)
+    targets = _ids(names, labels)
     with reporter.progress("classifying", None, "tokens") as advance:
         each = classifier.predict_each(documents, advance)
     logits = each[0] if ensemble.is_single else mean_log_probabilities(each)
@@ -158,6 +151,37 @@ def evaluate_classifier(
     )
 
 
+def compare_classifiers(
+    models: Sequence[Ensemble],
+    sources: Sequence[str] = (),
+    *,
+    split: str = "heldout",
+    device: str = "auto",
+    reporter: Reporter = SILENT,
+) -> list[PairedDifference]:
+    """Compare the accuracy of the first classifier with that of each of the others on the same labeled texts.
+
+    The texts are those in `sources`, or the runs' own texts if there are no sources. Raises `InputError` if a run is not a
+    classifier, if a source cannot be read, or if the runs' own texts have different labels.
+    """
+    items = _read(models[0].members[0].run, sources) if sources else []
+    credits: list[np.ndarray] = []
+    expected: list[str] | None = None
+    for model in models:
+        run = model.members[0].run
+        labels = require_classifier(run).labels
+        documents, names = _encoded(run, items, split)
+        if names != (expected or names):
+            raise InputError(
+                "its texts have other labels than those of the first run", where=model.name, hint="choose texts with --on"
+            )
+        expected = names
+        with reporter.progress("classifying", None, "tokens") as advance:
+            logits = TextClassifier(model, devices.resolve(device)).predict(documents, advance)
+        credits.append(classification.credits(logits, _ids(names, labels)))
+    return [paired_difference(credits[0], other, np.ones(len(other))) for other in credits[1:]]
+
+
 def _members(ensemble: Ensemble, each: Sequence[np.ndarray], logits: np.ndarray, targets: np.ndarray) -> list[MemberAccuracy]:
     """Compare the ensemble, which predicts `logits`, with each of its members."""
     credits, rows = classification.credits(logits, targets), []
@@ -175,6 +199,20 @@ def _read(run: Run, sources: Sequence[str]) -> list[LabeledText]:
     if not items:
         raise InputError("there are no labeled texts", where=describe(sources))
     return items
+
+
+def _encoded(run: Run, items: Sequence[LabeledText], split: str) -> tuple[list[np.ndarray], list[str]]:
+    """Return the token ids and the labels of `items`, or of the run's own texts if there are none."""
+    if items:
+        return [np.array(run.tokenizer.encode(item.text), dtype=np.int64) for item in items], [item.label for item in items]
+    shard = heldout_texts(run, split)
+    return shard.documents(), [shard.names[id] for id in shard.labels]
+
+
+def _ids(names: Sequence[str], labels: Sequence[str]) -> np.ndarray:
+    """Return the index of each name in `labels`, or `UNSEEN`, (texts,)."""
+    index = {label: id for id, label in enumerate(labels)}
+    return np.array([index.get(name, UNSEEN) for name in names], dtype=np.int64)
 
 
 def _mistakes(

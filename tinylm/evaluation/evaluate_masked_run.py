@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from tinylm import device as devices
 from tinylm.data.shards import Shard
 from tinylm.data.split_text import PART_NAMES
 from tinylm.evaluation import masked
 from tinylm.evaluation.evaluate_run import TextFormat, open_shard
 from tinylm.evaluation.filling import require_masked_model
+from tinylm.evaluation.intervals import PairedDifference, paired_difference
 from tinylm.evaluation.masked import MaskedScores
 from tinylm.model.base import Model
 from tinylm.reporting import SILENT, Reporter
@@ -89,6 +92,37 @@ def evaluate_masked_run(
         )
         del shard  # Windows cannot remove a file while it is mapped
     return result
+
+
+def mask_same_tokens(runs: Sequence[Run]) -> bool:
+    """Whether evaluations of the runs on the same text mask the same tokens, so that their masked losses are comparable."""
+    return len({(run.tokenizer.fingerprint, run.recipe.model.context_length) for run in runs}) == 1
+
+
+def compare_masked_runs(
+    runs: Sequence[Run],
+    sources: Sequence[str] = (),
+    *,
+    split: str = "heldout",
+    text_format: TextFormat = TextFormat(),
+    device: str = "auto",
+    reporter: Reporter = SILENT,
+) -> list[PairedDifference]:
+    """Compare the masked loss of the first run's best checkpoint with that of each of the others.
+
+    The text is that in `sources`, or the runs' common held-out or test text if there are no sources. All runs must mask the same
+    tokens (see `mask_same_tokens`). Raises `InputError` if a source cannot be read.
+    """
+    nats: list[np.ndarray] = []
+    with open_shard(runs[0], sources, split, text_format, reporter) as shard:
+        for run in runs:
+            network = run.network(run.checkpoint(), devices.resolve(device))
+            with reporter.progress("evaluating", None, "tokens") as advance:
+                rows, sums = masked.score_rows(network, shard, run.tokenizer, on_progress=advance)
+            losses, _, weights = masked.sums_of_pieces(rows, sums)
+            nats.append(losses)
+        del shard  # Windows cannot remove a file while it is mapped
+    return [paired_difference(nats[0], other, weights) for other in nats[1:]]
 
 
 def _score(run: Run, network: Model, shard: Shard, max_tokens: int | None, pseudo: bool, reporter: Reporter) -> MaskedScores:

@@ -1,8 +1,9 @@
-"""95% confidence intervals for ratios of sums and for proportions."""
+"""95% confidence intervals for ratios of sums, for their differences, and for proportions."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,6 +26,23 @@ def bootstrap_ratio(numerators: np.ndarray, denominators: np.ndarray) -> tuple[f
         estimates[index] = numerators[chosen].sum() / max(float(denominators[chosen].sum()), 1.0)
     low, high = np.quantile(estimates, (0.025, 0.975))
     return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """A score of the models A and B on the same texts, and the difference, A minus B, with its paired bootstrap interval."""
+
+    a: float
+    b: float
+    difference: float
+    ci95: tuple[float, float]
+
+
+def paired_difference(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> PairedDifference:
+    """Compare sum(a) / sum(weights) with sum(b) / sum(weights). Each index is one text."""
+    total = float(weights.sum())
+    scores = float(a.sum()) / total, float(b.sum()) / total
+    return PairedDifference(*scores, scores[0] - scores[1], bootstrap_ratio(a - b, weights))
 
 
 def wilson(successes: float, trials: int) -> tuple[float, float]:

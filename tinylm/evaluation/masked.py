@@ -85,7 +85,6 @@ class _Item:
     row: int
 
 
-@torch.no_grad()
 def evaluate(
     network: Model,
     shard: Shard,
@@ -102,6 +101,27 @@ def evaluate(
     masking 15% of them together; `pseudo_perplexity` converts the result. With several `processes`, each rank scores a share of the
     batches, and all ranks return the same result. `on_progress` receives the number of tokens read so far. It is called the same
     number of times on every rank. Raises `InputError` if no token can be masked.
+    """
+    rows, sums = score_rows(
+        network, shard, tokenizer, max_tokens=max_tokens, pseudo=pseudo, processes=processes, on_progress=on_progress
+    )
+    return _result(shard, tokenizer, rows, sums)
+
+
+@torch.no_grad()
+def score_rows(
+    network: Model,
+    shard: Shard,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int | None = None,
+    pseudo: bool = False,
+    processes: Processes = SINGLE_PROCESS,
+    on_progress: Callable[[int], None] = lambda tokens: None,
+) -> tuple[list[Row], np.ndarray]:
+    """Like `evaluate`, but return the rows, and for each row the loss in nats, the correct predictions and the masked tokens.
+
+    The sums have the shape (3, rows).
     """
     framing = Framing.of(tokenizer, network.model)
     rows = list(split_rows(shard, framing.room, max_tokens))
@@ -125,8 +145,7 @@ def evaluate(
                 np.add.at(masked, owners, 1)
             read += sum(len(items[index].inputs) for peer in batches[first : first + processes.world_size] for index in peer)
             on_progress(read)
-    sums = np.stack((processes.sum(nats), processes.sum(correct), processes.sum(masked)))
-    return _result(shard, tokenizer, rows, sums)
+    return rows, np.stack((processes.sum(nats), processes.sum(correct), processes.sum(masked)))
 
 
 def split_rows(shard: Shard, room: int, max_tokens: int | None = None) -> Iterator[Row]:
@@ -177,14 +196,10 @@ def _score(network: Model, framing: Framing, batch: Sequence[_Item]) -> tuple[np
 
 def _result(shard: Shard, tokenizer: Tokenizer, rows: Sequence[Row], sums: np.ndarray) -> MaskedScores:
     """Summarize `sums` (3, rows): the loss in nats, the correct predictions and the masked tokens in each row."""
-    documents = np.array([row.document for row in rows])
-    count = int(documents.max()) + 1
-    pieces = sums
-    if count >= 50:
-        pieces = np.stack([np.bincount(documents, weights=values, minlength=count) for values in sums])
+    pieces = sums_of_pieces(rows, sums)
     lengths = tokenizer.token_byte_lengths
     return MaskedScores(
-        documents=count,
+        documents=rows[-1].document + 1,
         tokens=sum(row.end - row.start for row in rows),
         bytes=int(sum(lengths[shard.tokens[row.start : row.end]].sum() for row in rows)),
         masked=int(sums[2].sum()),
@@ -193,6 +208,13 @@ def _result(shard: Shard, tokenizer: Tokenizer, rows: Sequence[Row], sums: np.nd
         loss_ci95=bootstrap_ratio(pieces[0], pieces[2]),
         accuracy_ci95=bootstrap_ratio(pieces[1], pieces[2]),
     )
+
+
+def sums_of_pieces(rows: Sequence[Row], sums: np.ndarray) -> np.ndarray:
+    """Add up `sums` (n, rows) over the rows of each document, or return them unchanged if there are fewer than 50 documents."""
+    documents = np.array([row.document for row in rows])
+    count = int(documents.max()) + 1
+    return sums if count < 50 else np.stack([np.bincount(documents, weights=values, minlength=count) for values in sums])
 
 
 def pseudo_perplexity(scores: MaskedScores) -> tuple[float, tuple[float, float]]:
