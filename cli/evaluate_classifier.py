@@ -8,8 +8,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tinylm.errors import InputError
-
 from .console import ConsoleReporter, pluralize, print_fields, print_json, stderr_console, stdout_console
 from .evaluation_request import EvaluationRequest
 
@@ -28,10 +26,11 @@ _NAMES = {"majority": "majority label", "tfidf_linear": "TF-IDF + linear"}
 
 def evaluate(request: EvaluationRequest) -> None:
     """Evaluate `request.run` and print the result."""
+    from tinylm.evaluation.confusion_plot import check_drawable, draw
     from tinylm.evaluation.evaluate_classifier import evaluate_classifier
 
-    if request.plot is not None and request.plot.is_dir():
-        raise InputError("is a folder", where=f"--plot {request.plot}", hint="pass the path of a file")
+    if request.plot is not None:
+        check_drawable(request.plot)
     result = evaluate_classifier(
         request.ensemble,
         request.sources,
@@ -42,8 +41,6 @@ def evaluate(request: EvaluationRequest) -> None:
         reporter=ConsoleReporter(stderr_console(), quiet=request.quiet),
     )
     if request.plot is not None:
-        from tinylm.evaluation.confusion_plot import draw
-
         draw(result.scores.confusion, result.labels, request.plot)
         if not request.quiet:
             stderr_console().print_line(f"wrote {request.plot}", "dim")

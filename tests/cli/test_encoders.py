@@ -89,6 +89,13 @@ def test_commands_reject_the_wrong_kind_of_run(run_cli: RunCli, masked: Path, cl
     assert "use `tinylm fill`" in run_cli("sample", "--prompt", "a", "--run", masked).err
 
 
+def test_eval_checks_the_file_of_the_plot_before_it_reads_texts(run_cli: RunCli, classifier: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "empty.csv").write_text("text,label\n")
+    for plot, problem in ((tmp_path / "a.txt", "the file name must end in .png"), (tmp_path, "is a folder")):
+        assert problem in run_cli("eval", tmp_path / "empty.csv", "--run", classifier, "--plot", plot).err
+
+
 def test_eval_prints_the_metrics_of_a_classifier(run_cli: RunCli, classifier: Path, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from safetensors.torch import load_file
 from tinylm.data import formats
 from tinylm.data.framing import Framing
 from tinylm.ensemble import Ensemble
-from tinylm.errors import InputError
-from tinylm.evaluation import classification
+from tinylm.errors import InputError, TinylmWarning
+from tinylm.evaluation import classification, confusion_plot
 from tinylm.evaluation.classify_texts import TextClassifier
 from tinylm.evaluation.evaluate_classifier import evaluate_classifier
+from tinylm.evaluation.label_baselines import tfidf_linear_scores
 from tinylm.model import lora, registry
 from tinylm.model.classifier import SequenceClassifier, pool
 from tinylm.model.init_from import load_pretrained
@@ -28,6 +30,7 @@ from tinylm.recipe.labels import ClassificationObjective
 from tinylm.recipe.schema import LoraSection, ModelVariant, Recipe
 from tinylm.reporting import SILENT
 from tinylm.run import Run
+from tinylm.text.labeled import LabeledText
 from tinylm.training import objectives
 from tinylm.training.classification import Classification, class_weights, without_padding
 
@@ -208,6 +211,22 @@ def test_the_baselines_match_scikit_learn(run: Run) -> None:
     assert scores.accuracy == pytest.approx(metrics.accuracy_score(targets, logits.argmax(1)))
     assert scores.loss == pytest.approx(metrics.log_loss(targets, np.exp(classification.log_softmax(logits))))
     assert np.array_equal(scores.confusion, metrics.confusion_matrix(targets, logits.argmax(1)))
+
+
+def test_texts_without_words_have_no_tfidf_baseline() -> None:
+    pytest.importorskip("sklearn")
+    with pytest.raises(InputError, match="no training text contains a word"):
+        tfidf_linear_scores([LabeledText("!", "a"), LabeledText("?!", "b")], ["?"], ["a", "b"])
+
+
+def test_labels_are_drawn_verbatim_with_a_warning_if_the_font_lacks_characters(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        confusion_plot.draw(np.eye(2), ["$x^2_$", "$100$ off_{"], tmp_path / "a.png")
+    with pytest.warns(TinylmWarning, match="lacks characters of some labels") as caught:
+        confusion_plot.draw(np.eye(2), ["a", "\ue000"], tmp_path / "b.png")
+    assert len(caught) == 1
 
 
 def test_ties_count_fractionally_and_unknown_labels_count_as_mistakes() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from tinylm.errors import missing_extra
+from tinylm.errors import InputError, missing_extra
 from tinylm.text.labeled import LabeledText
+
+_WORD = r"(?u)\b\w+\b"
 
 
 def majority_scores(label_counts: Sequence[int], count: int) -> np.ndarray:
@@ -21,14 +24,16 @@ def majority_scores(label_counts: Sequence[int], count: int) -> np.ndarray:
 def tfidf_linear_scores(train: Sequence[LabeledText], texts: Sequence[str], labels: Sequence[str]) -> np.ndarray:
     """Return scores `(texts, labels)` from a linear support vector machine on TF-IDF features of words and word pairs.
 
-    Raises `InputError` if scikit-learn is not installed.
+    Raises `InputError` if scikit-learn is not installed, or if no training text contains a word.
     """
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.svm import LinearSVC
     except ImportError:
         raise missing_extra("classify", "the TF-IDF baseline") from None
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
+    if not any(re.search(_WORD, item.text) for item in train):
+        raise InputError("no training text contains a word")
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=_WORD)
     features = vectorizer.fit_transform([item.text for item in train])
     classifier = LinearSVC(random_state=0).fit(features, [item.label for item in train])
     decisions = classifier.decision_function(vectorizer.transform(texts))
