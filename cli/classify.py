@@ -21,6 +21,7 @@ from .console import (
     THREADS,
     checked_errors,
     checked_text,
+    escaped,
     given_options,
     open_ensemble,
     print_json,
@@ -87,7 +88,7 @@ def classify(
         return
     for prediction in predictions:
         shown = " ".join(prediction.text.split())
-        write_stdout(f"{prediction.label}\t{prediction.probabilities[prediction.label]:.4f}\t{shown}")
+        write_stdout(f"{escaped(prediction.label)}\t{prediction.probabilities[prediction.label]:.4f}\t{shown}")
 
 
 def _texts_of(source: str, whole: bool, field: str, template: str | None, errors: str) -> Iterator[str]:

@@ -280,6 +280,11 @@ def write_stdout(text: str, *, end: str = "\n") -> None:
     sys.stdout.flush()
 
 
+def escaped(text: str) -> str:
+    """Escape tabs, line breaks and other non-printable characters, so that the text fits into one cell of a table."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def checked_text(text: str, option: str) -> str:
     """Return a text from the command line. Raises `InputError` if it is not UTF-8 (Python decodes other bytes to surrogates)."""
     if any("\ud800" <= character <= "\udfff" for character in text):

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .console import ConsoleReporter, pluralize, print_fields, print_json, stderr_console, stdout_console
+from .console import ConsoleReporter, escaped, pluralize, print_fields, print_json, stderr_console, stdout_console
 from .evaluation_request import EvaluationRequest
 
 if TYPE_CHECKING:
@@ -85,49 +85,60 @@ def _difference(value: float, interval: tuple[float, float]) -> str:
 
 
 def _print_labels(console: Console, result: ClassifierEvaluation) -> None:
+    console.print()
     table = _table()
     for column in ("precision", "recall", "F1", "texts"):
         table.add_column(column, justify="right")
     table.add_column("label")
     for label, row in zip(result.labels, result.scores.per_label, strict=True):
-        table.add_row(f"{row.precision:.4f}", f"{row.recall:.4f}", f"{row.f1:.4f}", f"{row.count:,}", Text(label))
+        table.add_row(f"{row.precision:.4f}", f"{row.recall:.4f}", f"{row.f1:.4f}", f"{row.count:,}", Text(escaped(label)))
     console.print(table)
 
 
 def _print_confusion(console: Console, result: ClassifierEvaluation) -> None:
     confusion, labels = result.scores.confusion, result.labels
     if len(labels) <= _MAX_COLUMNS:
-        table = _table("confusion matrix: rows are true labels, columns are predicted labels")
+        _print_title(console, "confusion matrix: rows are true labels, columns are predicted labels")
+        table = _table()
         for label in labels:
-            table.add_column(Text(label), justify="right")
+            table.add_column(Text(escaped(label)), justify="right")
         table.add_column("")
         for label, row in zip(labels, confusion, strict=True):
-            table.add_row(*(f"{count:,}" for count in row), Text(label))
+            table.add_row(*(f"{count:,}" for count in row), Text(escaped(label)))
         console.print(table)
         return
     pairs = [(int(confusion[i, j]), i, j) for i in range(len(labels)) for j in range(len(labels)) if i != j and confusion[i, j]]
-    table = _table("most frequent confusions (--plot draws the whole matrix)")
+    _print_title(console, "most frequent confusions (--plot draws the whole matrix)")
+    table = _table()
     table.add_column("texts", justify="right")
     table.add_column("true label")
     table.add_column("predicted")
     for count, true, predicted in sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))[:_MAX_CONFUSIONS]:
-        table.add_row(f"{count:,}", Text(labels[true]), Text(labels[predicted]))
+        table.add_row(f"{count:,}", Text(escaped(labels[true])), Text(escaped(labels[predicted])))
     console.print(table)
 
 
 def _print_mistakes(console: Console, result: ClassifierEvaluation) -> None:
     if not result.mistakes:
         return
-    table = _table("most confident mistakes")
+    _print_title(console, "most confident mistakes")
+    table = _table()
     table.add_column("probability", justify="right")
     table.add_column("predicted")
     table.add_column("true label")
     table.add_column("text")
     for mistake in result.mistakes:
         text = " ".join(mistake.text.split())
-        table.add_row(f"{mistake.probability:.4f}", Text(mistake.predicted), Text(mistake.label), Text(text[:80]))
+        labels = Text(escaped(mistake.predicted)), Text(escaped(mistake.label))
+        table.add_row(f"{mistake.probability:.4f}", *labels, Text(text[:80]))
     console.print(table)
 
 
-def _table(title: str = " ") -> Table:
-    return Table(box=None, header_style="dim", padding=(0, 2, 0, 0), title=Text(title, no_wrap=True), title_justify="left")
+def _print_title(console: Console, title: str) -> None:
+    """Print the title of a table on its own line, because `rich` limits a title to the width of the table."""
+    console.print()
+    console.print(title, style="italic")
+
+
+def _table() -> Table:
+    return Table(box=None, header_style="dim", padding=(0, 2, 0, 0))

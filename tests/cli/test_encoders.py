@@ -137,6 +137,21 @@ def test_compare_runs_no_tests_if_the_models_have_different_objectives(run_cli: 
     assert "objective.name" in [row["name"] for row in compared.json["recipes"]]
 
 
+def test_labels_with_line_breaks_and_the_title_of_a_narrow_confusion_matrix_are_printed_on_one_line(
+    run_cli: RunCli, tmp_path: Path
+) -> None:
+    rows = [{"text": f"{word} {number}", "label": label} for number in range(20) for word, label in (("a", "x\ty"), ("b", "z\nz"))]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    recipe = classifier_recipe(tmp_path)
+    data = recipe.data.model_copy(update={"train": (str(tmp_path / "rows.jsonl"),)})
+    train(recipe.model_copy(update={"data": data}), tmp_path / "run", device="cpu")
+    lines = run_cli("eval", "--run", tmp_path / "run", "--no-baselines").out.splitlines()
+    assert "confusion matrix: rows are true labels, columns are predicted labels" in lines
+    assert r"x\ty  z\nz" in map(str.strip, lines)
+    label, _, text = run_cli("classify", "a", "--run", tmp_path / "run").out.rstrip("\n").split("\t")
+    assert (label in (r"x\ty", r"z\nz"), text) == (True, "a")
+
+
 def test_nearest_finds_the_lines_most_similar_to_a_sentence(run_cli: RunCli, masked: Path, tmp_path: Path) -> None:
     (tmp_path / "lines.txt").write_text("\n".join([*LINES, "", LINES[0]]) + "\n")
     options = ("--run", masked, "--which", "sentence", "--pool", "mean", "--out", tmp_path / "lines.safetensors", "--json")
