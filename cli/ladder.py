@@ -22,11 +22,11 @@ from .console import (
     stderr_console,
     stdout_console,
 )
-from .recipe_files import shipped_recipes
 from .sweep import checked_image
 
 if TYPE_CHECKING:
-    from tinylm.ladder import Row
+    from tinylm.recipe.shipped import shipped_recipes
+from tinylm.ladder import Row
 
 app = typer.Typer(add_completion=False)
 

@@ -5,17 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from importlib import resources
 from pathlib import Path
 
 from tinylm.errors import InputError, did_you_mean
+from tinylm.recipe.shipped import shipped_recipes
 from tinylm.text.files import COMPRESSIONS, TEXT_SUFFIXES
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """Return the files of all recipes that ship with tinylm, by name."""
-    folder = Path(str(resources.files("tinylm_recipes")))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def _new_hint(source: str) -> str:

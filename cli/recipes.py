@@ -7,9 +7,9 @@ import yaml
 from rich.table import Table
 
 from tinylm.errors import InputError, did_you_mean
+from tinylm.recipe.shipped import shipped_recipes
 
 from .console import JSON, print_columns, print_json, stdout_console, write_stdout
-from .recipe_files import shipped_recipes
 
 app = typer.Typer(add_completion=False)
 

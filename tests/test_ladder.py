@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from command import RunCli
-from tinylm_cli.recipe_files import shipped_recipes
 
 from tinylm.errors import InputError
 from tinylm.ladder import DEFAULT_RUNGS, RUNGS, LadderPlan, find_rungs, parameter_count, run_ladder, width_for
 from tinylm.model import registry
 from tinylm.recipe import load
+from tinylm.recipe.shipped import shipped_recipes
 from tinylm.run import Run
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 from tinylm_cli.app import COMMANDS, load_command
-from tinylm_cli.recipe_files import shipped_recipes
 
 from tinylm.recipe import load
+from tinylm.recipe.shipped import shipped_recipes
 from tinylm.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]

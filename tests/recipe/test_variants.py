@@ -253,6 +253,23 @@ def test_a_resumed_run_keeps_its_architecture_and_objective_regardless_of_allowe
         assert expected in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("run", "hint"),
+    [
+        ("runs/masked-docs", "runs/masked-docs: no such run (train it first with `tinylm train masked-docs`)"),
+        ("a/quickstart", "a/quickstart: no such run (train it first with `tinylm train quickstart --out a/quickstart`)"),
+        ("runs/other", "runs/other: no such run"),
+    ],
+)
+def test_a_missing_run_with_the_name_of_a_shipped_recipe_is_reported_with_the_command_that_trains_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: str, hint: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError) as caught:
+        loads(f"data: {{train: builtin:license}}\nmodel: {{init_from: {run}}}\ntraining: {{steps: 1}}\n", name="my.yaml")
+    assert str(caught.value).splitlines() == [f"my.yaml:2: model.init_from: {hint}"]
+
+
 @pytest.mark.usefixtures("toy")
 def test_init_from_inherits_the_architecture_and_rejects_a_different_one(tmp_path: Path) -> None:
     run_folder(tmp_path / "base", read(BASE, "model.n_layer=2").to_yaml())

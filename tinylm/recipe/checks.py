@@ -39,6 +39,7 @@ from tinylm.recipe.schema import (
     WordPieceTokenizer,
     WsdSchedule,
 )
+from tinylm.recipe.shipped import hint_to_train
 
 KeyPath = tuple[str | int, ...]
 """The path of a key from the top of the recipe: ("training", "optimizer", "lr")."""
@@ -284,13 +285,18 @@ def _check_files(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     if vectors is not None:
         yield from _missing(("model", "init_embeddings"), (vectors,))
     if pretrained is not None and not os.path.exists(os.path.expanduser(pretrained.run)):
-        yield ("model", "init_from"), f"{pretrained.run}: no such run"
+        yield ("model", "init_from"), _no_such_run(pretrained.run)
     if isinstance(recipe.objective, CausalLMObjective):
         for run in recipe.objective.teacher:
             if not os.path.exists(os.path.expanduser(run)):
-                yield ("objective", "teacher"), f"{run}: no such run"
+                yield ("objective", "teacher"), _no_such_run(run)
     if isinstance(recipe.data, DataSection):
         yield from _check_sizes(recipe.data, recipe.model.context_length if recipe.model.needs_full_window else 1)
+
+
+def _no_such_run(run: str) -> str:
+    hint = hint_to_train(run)
+    return f"{run}: no such run" + (f" ({hint})" if hint else "")
 
 
 def _file_of(path: str) -> str:
