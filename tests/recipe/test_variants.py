@@ -270,6 +270,14 @@ def test_a_missing_run_with_the_name_of_a_shipped_recipe_is_reported_with_the_co
     assert str(caught.value).splitlines() == [f"my.yaml:2: model.init_from: {hint}"]
 
 
+@pytest.mark.parametrize(("length", "burn_in"), [(16, 16), (128, 32)])
+def test_the_default_burn_in_is_at_most_the_context_length(length: int, burn_in: int) -> None:
+    text = f"data: {{train: my.txt}}\nmodel: {{architecture: gru, context_length: {length}}}\ntraining: {{steps: 1}}\n"
+    recipe = loads(text, check_files=False)
+    assert recipe.model.burn_in == burn_in  # type: ignore[attr-defined]
+    assert loads(recipe.to_yaml(), check_files=False) == recipe
+
+
 @pytest.mark.usefixtures("toy")
 def test_init_from_inherits_the_architecture_and_rejects_a_different_one(tmp_path: Path) -> None:
     run_folder(tmp_path / "base", read(BASE, "model.n_layer=2").to_yaml())

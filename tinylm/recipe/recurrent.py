@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
+from pydantic import model_validator
+
 from tinylm.recipe.base import ModelVariant
 from tinylm.recipe.presets import RECURRENT_ENCODER_DECODER_PRESETS
 from tinylm.recipe.values import Blocks, ContextLength, CountOrZero, Flag, ShareBelowOne, Width
@@ -28,8 +30,8 @@ class RecurrentSection(ModelVariant):
     """Number of predicted tokens in a training sequence. Gradients do not flow back to earlier tokens. Evaluation and sampling
     carry the state through any number of tokens."""
     burn_in: CountOrZero = 32
-    """Number of tokens before each training sequence that are used only to compute its initial state, without a gradient. `0`
-    starts each sequence with an empty state."""
+    """Number of tokens before each training sequence that are used only to compute its initial state, without a gradient, at most
+    `context_length`. `0` starts each sequence with an empty state."""
     tie_embeddings: Flag = False
     """Share the weights of the token embedding with the head."""
     dropout: ShareBelowOne = 0.0
@@ -37,6 +39,12 @@ class RecurrentSection(ModelVariant):
     the same mask."""
     weight_drop: ShareBelowOne = 0.0
     """The fraction of the recurrent weights that is dropped in each micro-batch (Merity et al. 2018)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _limit_default_burn_in(cls, values: Any) -> Any:
+        length, default = values.get("context_length"), cls.model_fields["burn_in"].default
+        return {"burn_in": length, **values} if type(length) is int and 0 < length < default else values
 
     @property
     def uses_dropout(self) -> bool:
