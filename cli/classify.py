@@ -70,6 +70,7 @@ def classify(
 
     from tinylm import device as devices
     from tinylm.evaluation.classify_texts import TextClassifier, require_classifier
+    from tinylm.recipe.labels import LabelsSection
 
     require_classifier(opened.members[0].run)
     devices.set_threads(threads)
@@ -79,7 +80,10 @@ def classify(
         if not quiet:
             console.print_line(f"calibrated with temperature {temperature:.3f}", "dim")
     if input_ is not None:
-        texts: Iterable[str] = _texts_of(input_, documents, field, template, errors)
+        data = opened.members[0].run.recipe.data
+        is_default = isinstance(data, LabelsSection) and not given_options(ctx, ("field", "template"))
+        own_field = data.text if isinstance(data, LabelsSection) and is_default else field
+        texts: Iterable[str] = _texts_of(input_, documents, own_field, template, errors, is_default)
     else:
         texts = _lines(sys.stdin.read().splitlines(), "-") if text == "-" else [checked_text(str(text), "TEXT")]
     predictions = classifier.classify(texts)
@@ -91,11 +95,14 @@ def classify(
         write_stdout(f"{escaped(prediction.label)}\t{prediction.probabilities[prediction.label]:.4f}\t{shown}")
 
 
-def _texts_of(source: str, whole: bool, field: str, template: str | None, errors: str) -> Iterator[str]:
-    """Yield the texts in a SOURCE: each record, and each line of a plain text file (or the whole file if `whole` is true)."""
+def _texts_of(source: str, whole: bool, field: str, template: str | None, errors: str, unused: bool) -> Iterator[str]:
+    """Yield the texts in a SOURCE: each record, and each line of a plain text file (or the whole file if `whole` is true).
+
+    With `unused`, `field` may have no effect, because the source has no records.
+    """
     from tinylm.text.sources import Corpus
 
-    with Corpus([source], field=field, template=template, errors=errors) as corpus:
+    with Corpus([source], field=field, template=template, errors=errors, allow_unused_format=unused) as corpus:
         for name, is_record, document in corpus.documents():
             if is_record or whole:
                 if document.strip():

@@ -66,6 +66,7 @@ _TEXT_OPTIONS = (
     "html",
     "weights",
     "field",
+    "label",
     "template",
     "errors",
 )
@@ -123,6 +124,9 @@ def evaluate(
     html: Path | None = typer.Option(None, "--html", help="Write the text to this HTML file, with each token shaded by its loss."),
     weights: str = WEIGHTS,
     field: str = FIELD,
+    label: str | None = typer.Option(
+        None, "--label", metavar="FIELD", help="Classifiers: the field or column that contains the label. Default: as in training."
+    ),
     template: str | None = TEMPLATE,
     errors: str = ERRORS,
     device: str = DEVICE,
@@ -178,6 +182,8 @@ def evaluate(
             device=device,
             json=json,
             quiet=quiet,
+            text_field=field if given_options(ctx, ("field",)) else None,
+            label=label,
         )
         evaluator.evaluate(request)
         return
@@ -235,7 +241,7 @@ def _check_options(ctx: typer.Context, sources: list[str], harness: bool, limit:
         raise InputError("requires --harness", where="--limit")
     if harness:
         _check_tasks(sources, given_options(ctx, _TEXT_OPTIONS))
-    elif not sources and (unused := given_options(ctx, ("field", "template", "errors"))):
+    elif not sources and (unused := given_options(ctx, ("field", "label", "template", "errors"))):
         raise InputError("requires a SOURCE", where=", ".join(unused))
     if sources and not harness and given_options(ctx, ("split",)):
         raise InputError("has no effect with a SOURCE", where="--split")

@@ -14,7 +14,7 @@ from .evaluation_request import EvaluationRequest
 if TYPE_CHECKING:
     from tinylm.evaluation.evaluate_classifier import ClassifierEvaluation
 
-OPTIONS = ("split", "mistakes", "no_baselines", "plot")
+OPTIONS = ("split", "field", "label", "mistakes", "no_baselines", "plot")
 """The `tinylm eval` options that apply to classifiers."""
 ENSEMBLES = True
 """Whether an ensemble of several models can be evaluated."""
@@ -35,6 +35,8 @@ def evaluate(request: EvaluationRequest) -> None:
         request.ensemble,
         request.sources,
         split=request.split,
+        text_field=request.text_field,
+        label_field=request.label,
         baselines=not request.no_baselines,
         mistakes=request.mistakes,
         device=request.device,

@@ -30,6 +30,9 @@ class EvaluationRequest:
     device: str
     json: bool
     quiet: bool
+    text_field: str | None = None
+    """The value of --field, or None if the option was not given."""
+    label: str | None = None
     hardest: int = 0
     max_pairs: int | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,24 @@ def test_labels_with_line_breaks_and_the_title_of_a_narrow_confusion_matrix_are_
     assert r"x\ty  z\nz" in map(str.strip, lines)
     label, _, text = run_cli("classify", "a", "--run", tmp_path / "run").out.rstrip("\n").split("\t")
     assert (label in (r"x\ty", r"z\nz"), text) == (True, "a")
+
+
+def test_the_fields_of_a_file_are_those_of_the_training_texts_or_set_by_options(
+    run_cli: RunCli, classifier: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(classifier, tmp_path / "run")
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("  text: text\n", "  text: Text\n"))
+    (tmp_path / "a.csv").write_text("Text,kind\nthe saw,tool\n")
+    (tmp_path / "a.txt").write_text("the saw\n")
+    for file in ("a.csv", "a.txt"):
+        assert run_cli("classify", "--input", tmp_path / file, "--run", run, "--json").json[0]["text"] == "the saw"
+    wrong = run_cli("eval", tmp_path / "a.csv", "--run", run)
+    assert "no column 'label'" in wrong.err
+    assert "--label" in wrong.err
+    for path, options in ((run, ()), (classifier, ("--field", "Text"))):
+        result = run_cli("eval", tmp_path / "a.csv", "--run", path, "--label", "kind", *options, "--no-baselines", "--json")
+        assert result.json["examples"] == 1, result.err
 
 
 def test_nearest_finds_the_lines_most_similar_to_a_sentence(run_cli: RunCli, masked: Path, tmp_path: Path) -> None:

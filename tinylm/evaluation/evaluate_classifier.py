@@ -109,6 +109,8 @@ def evaluate_classifier(
     sources: Sequence[str] = (),
     *,
     split: str = "heldout",
+    text_field: str | None = None,
+    label_field: str | None = None,
     baselines: bool = True,
     mistakes: int = 10,
     device: str = "auto",
@@ -117,6 +119,7 @@ def evaluate_classifier(
     """Classify the labeled texts in `sources`, or the run's own texts if there are no sources.
 
     An ensemble predicts the mean of its members' probabilities. Without sources, it uses the texts of the first member.
+    `text_field` and `label_field` are the fields of the records in `sources`. By default, they are those of the run's own texts.
     `mistakes` is the number of misclassified texts to list. With `baselines`, also train baselines on the run's training texts.
     If those texts have changed or scikit-learn is missing, warn and skip the TF-IDF baseline. Raises `InputError` if the run is
     not a classifier, or if a source cannot be read.
@@ -125,7 +128,7 @@ def evaluate_classifier(
     run, chosen = ensemble.members[0].run, ensemble.members[0].checkpoint
     labels = require_classifier(run).labels
     classifier = TextClassifier(ensemble, devices.resolve(device))
-    items = _read(run, sources) if sources else []
+    items = _read(run, sources, text_field, label_field) if sources else []
     documents, names = _encoded(run, items, split)
     targets = _ids(names, labels)
     with reporter.progress("classifying", None, "tokens") as advance:
@@ -192,10 +195,11 @@ def _members(ensemble: Ensemble, each: Sequence[np.ndarray], logits: np.ndarray,
     return rows
 
 
-def _read(run: Run, sources: Sequence[str]) -> list[LabeledText]:
+def _read(run: Run, sources: Sequence[str], text_field: str | None = None, label_field: str | None = None) -> list[LabeledText]:
     data = run.recipe.data
     section = data if isinstance(data, LabelsSection) else LabelsSection.model_validate({"train": list(sources)})
-    items = [item for item in read_labeled(sources, section.text, section.label, section.errors) if item.text.strip()]
+    texts = read_labeled(sources, text_field or section.text, label_field or section.label, section.errors)
+    items = [item for item in texts if item.text.strip()]
     if not items:
         raise InputError("there are no labeled texts", where=describe(sources))
     return items

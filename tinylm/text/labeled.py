@@ -17,7 +17,7 @@ from tinylm.errors import InputError
 from tinylm.text.records import RecordFormat
 from tinylm.text.sources import Corpus
 
-_HINT = "choose other fields with data.text and data.label"
+_HINT = "choose other fields with data.text and data.label, or with --field and --label of `tinylm eval`"
 
 
 @dataclass(frozen=True, slots=True)
