@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 import typer
 
 from tinylm.errors import InputError
+from tinylm.text.files import text_lines
 
 from .console import (
     CHECKPOINTS,
@@ -19,6 +20,7 @@ from .console import (
     RUNS,
     TEMPLATE,
     THREADS,
+    ConsoleReporter,
     checked_errors,
     checked_text,
     escaped,
@@ -85,14 +87,14 @@ def classify(
         own_field = data.text if isinstance(data, LabelsSection) and is_default else field
         texts: Iterable[str] = _texts_of(input_, documents, own_field, template, errors, is_default)
     else:
-        texts = _lines(sys.stdin.read().splitlines(), "-") if text == "-" else [checked_text(str(text), "TEXT")]
+        texts = _lines(_stdin_lines(), "-") if text == "-" else [_argument(str(text))]
     predictions = classifier.classify(texts)
     if json:
         print_json(list(predictions))
-        return
-    for prediction in predictions:
+    for prediction in () if json else predictions:
         shown = " ".join(prediction.text.split())
         write_stdout(f"{escaped(prediction.label)}\t{prediction.probabilities[prediction.label]:.4f}\t{shown}")
+    classifier.counts.report(ConsoleReporter(console, quiet=quiet))
 
 
 def _texts_of(source: str, whole: bool, field: str, template: str | None, errors: str, unused: bool) -> Iterator[str]:
@@ -105,14 +107,25 @@ def _texts_of(source: str, whole: bool, field: str, template: str | None, errors
     with Corpus([source], field=field, template=template, errors=errors, allow_unused_format=unused) as corpus:
         for name, is_record, document in corpus.documents():
             if is_record or whole:
-                if document.strip():
-                    yield document
+                yield document
             else:
-                yield from _lines(document.splitlines(), name)
+                yield from _lines(text_lines(document), name)
+
+
+def _argument(text: str) -> str:
+    if not text.strip():
+        raise InputError("the text is empty", where="TEXT", hint="pass a text to classify")
+    return checked_text(text, "TEXT")
+
+
+def _stdin_lines() -> list[str]:
+    """Return the lines of standard input. Raises `InputError` if all of them are blank."""
+    content = sys.stdin.read()
+    if not content.strip():
+        raise InputError("standard input is empty", where="-", hint="write one text per line")
+    return text_lines(content)
 
 
 def _lines(lines: list[str], where: str) -> Iterator[str]:
-    """Yield the lines that are not blank."""
     for line in lines:
-        if line.strip():
-            yield checked_text(line, where)
+        yield checked_text(line, where)

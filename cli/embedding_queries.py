@@ -64,12 +64,13 @@ def load_vectors(path: str | None, quiet: bool = False) -> Vectors:
 
 
 def read_texts(sources: Sequence[str], field: str, template: str | None, errors: str) -> Iterator[str]:
-    """Yield the non-blank texts in the sources: each record, and each line of a plain text file."""
+    """Yield the texts in the sources: each record, and each line of a plain text file."""
+    from tinylm.text.files import text_lines
     from tinylm.text.sources import Corpus
 
     with Corpus(list(sources), field=field, template=template, errors=errors) as corpus:
         for _, is_record, document in corpus.documents():
-            yield from (line for line in ([document] if is_record else document.splitlines()) if line.strip())
+            yield from [document] if is_record else text_lines(document)
 
 
 @dataclass(frozen=True)

@@ -171,6 +171,25 @@ def test_the_fields_of_a_file_are_those_of_the_training_texts_or_set_by_options(
         assert result.json["examples"] == 1, result.err
 
 
+def test_empty_and_truncated_texts_are_reported(run_cli: RunCli, classifier: Path, masked: Path, tmp_path: Path) -> None:
+    for text in ("", "  "):
+        assert "TEXT: the text is empty" in run_cli("classify", text, "--run", classifier).err
+    for stdin in (b"", b"\n \n"):
+        empty = run_cli("classify", "-", "--run", classifier, stdin=stdin)
+        assert (empty.code, empty.out) == (2, "")
+        assert "standard input is empty" in empty.err
+    note = "1 empty text skipped, 1 text truncated to 14 tokens"
+    texts = ["the\u2028saw\x0c", "", "the saw and the hammer"]
+    piped = run_cli("classify", "-", "--run", classifier, "--json", stdin="\r\n".join([*texts, ""]).encode())
+    assert [item["text"] for item in piped.json] == [texts[0], texts[2]]
+    assert note in piped.err
+    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps({'text': text, 'label': 'tool'})}\n" for text in texts))
+    assert note in run_cli("classify", "--input", tmp_path / "a.jsonl", "--run", classifier).err
+    assert note in run_cli("eval", tmp_path / "a.jsonl", "--run", classifier, "--no-baselines").err
+    vectors = ("--which", "sentence", "--out", tmp_path / "a.safetensors")
+    assert note in run_cli("embed", "from-run", tmp_path / "a.jsonl", "--run", masked, *vectors).err
+
+
 def test_nearest_finds_the_lines_most_similar_to_a_sentence(run_cli: RunCli, masked: Path, tmp_path: Path) -> None:
     (tmp_path / "lines.txt").write_text("\n".join([*LINES, "", LINES[0]]) + "\n")
     options = ("--run", masked, "--which", "sentence", "--pool", "mean", "--out", tmp_path / "lines.safetensors", "--json")

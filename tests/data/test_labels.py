@@ -168,7 +168,7 @@ def test_token_dropout_removes_different_tokens_in_each_epoch(tmp_path: Path) ->
 def test_unusual_data_is_reported(tmp_path: Path) -> None:
     rows: list[tuple[str, object]] = [(f"text {i}", "ab"[i % 2]) for i in range(40)]
     train = write_rows(tmp_path / "train.jsonl", [*rows, ("", "a"), ("  ", "b"), ("text 1", "a"), ("a long text " * 9, "a")])
-    heldout = write_rows(tmp_path / "held.jsonl", [("text 3", "b"), ("new", "c"), ("other", "a")])
+    heldout = write_rows(tmp_path / "held.jsonl", [("text 3", "b"), ("new", "c"), ("other", "a"), ("seventeen letters", "a")])
     recipe = loads(
         f"data: {{train: {train}, heldout: {heldout}, format: labels}}\ntokenizer: byte\n"
         "model: {architecture: encoder, n_layer: 1, n_head: 2, n_embd: 16, context_length: 16}\ntraining: {steps: 1}"
@@ -178,8 +178,9 @@ def test_unusual_data_is_reported(tmp_path: Path) -> None:
     assert "skipped 2 empty texts" in reported
     assert "1 text with more than one label" in reported
     assert "1 held-out text with labels that do not occur in the training texts ('c') will count as mistakes" in reported
-    assert "1 of 3 held-out texts also occur in the training texts" in reported
+    assert "1 of 4 held-out texts also occur in the training texts" in reported
     assert "1 of 42 training texts have more than 14 tokens" in reported
+    assert "1 of 4 held-out texts have more than 14 tokens (up to 17)" in reported
 
 
 def test_texts_with_only_one_label_are_rejected(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ An encoder reads `[CLS] text [SEP]`. Other models read a text between two end-of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from tinylm.errors import InputError
 from tinylm.recipe.encoder import CONTROL_TOKENS
 from tinylm.recipe.schema import LearnedTokenizer, ModelVariant, TokenizerSection
+from tinylm.reporting import Reporter
 from tinylm.tokenizer import Tokenizer
 from tinylm.tokenizer.control_tokens import ControlTokens
 
@@ -71,6 +72,36 @@ class Framing:
         for row, ids in enumerate(framed):
             tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 0
         return tokens, segments
+
+
+@dataclass
+class TextCounts:
+    """The number of texts that are skipped because they are empty, and of texts that are truncated to the context."""
+
+    empty: int = 0
+    truncated: int = 0
+    room: int = 0
+    """The number of tokens to which texts are truncated."""
+
+    def without_empty(self, texts: Iterable[str]) -> Iterator[str]:
+        """Yield the texts that are not blank, and count the others."""
+        for text in texts:
+            if text.strip():
+                yield text
+            else:
+                self.empty += 1
+
+    def add(self, lengths: Iterable[int], room: int) -> None:
+        """Count the texts with more than `room` tokens. `lengths` contains the number of tokens in each text."""
+        self.room = room
+        self.truncated += sum(length > room for length in lengths)
+
+    def report(self, reporter: Reporter) -> None:
+        """Report the counts that are not 0 as a note."""
+        parts = [f"{self.empty:,} empty text{'s' * (self.empty != 1)} skipped"] * (self.empty > 0)
+        parts += [f"{self.truncated:,} text{'s' * (self.truncated != 1)} truncated to {self.room:,} tokens"] * (self.truncated > 0)
+        if parts:
+            reporter.note(", ".join(parts))
 
 
 def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[np.ndarray]:

@@ -286,14 +286,16 @@ def _report_parts(parts: dict[str, list[LabeledText]], reporter: Reporter) -> No
 
 
 def _report_lengths(prepared: PreparedLabels, framing: Framing, reporter: Reporter) -> None:
-    lengths = [end - start for start, end in prepared.train.shard.documents()]
-    longer = sum(length > framing.room for length in lengths)
-    if longer:
-        kept = "first" if framing.truncate == "head" else "first and last"
-        reporter.note(
-            f"{longer:,} of {_count(len(lengths), 'training text')} have more than {framing.room} tokens (up to {max(lengths):,}); "
-            f"only their {kept} {framing.room} tokens are used (data.truncate: {framing.truncate}, model.context_length)"
-        )
+    for part, texts in (("train", prepared.train), ("heldout", prepared.heldout), ("test", prepared.test)):
+        lengths = [] if texts is None else [end - start for start, end in texts.shard.documents()]
+        longer = sum(length > framing.room for length in lengths)
+        if longer:
+            kept = "first" if framing.truncate == "head" else "first and last"
+            reporter.note(
+                f"{longer:,} of {_count(len(lengths), f'{PART_ADJECTIVES[part]} text')} have more than {framing.room} tokens "
+                f"(up to {max(lengths):,}); only their {kept} {framing.room} tokens are used (data.truncate: {framing.truncate}, "
+                "model.context_length)"
+            )
 
 
 def _count(number: int, name: str) -> str:

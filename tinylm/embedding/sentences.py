@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tinylm.cost.memory import EVALUATION_BATCH_TOKENS
-from tinylm.data.framing import Framing, batches_by_length
+from tinylm.data.framing import Framing, TextCounts, batches_by_length
 from tinylm.embedding.vectors import Vectors
 from tinylm.errors import InputError
 from tinylm.model.classifier import pool, text_hidden, without_classifier
@@ -30,10 +30,12 @@ def sentence_vectors(
     checkpoint: Checkpoint | None = None,
     device: torch.device | None = None,
     reporter: Reporter = SILENT,
+    counts: TextCounts | None = None,
 ) -> np.ndarray:
     """Return one vector per text, float32 (texts, width). `how` is the pooling method: `cls`, `mean` or `last`.
 
-    Long texts are truncated to the context length. Raises `InputError` for `cls` with a causal model.
+    Long texts are truncated to the context length. `counts` receives their number, which is reported. Raises `InputError` for `cls`
+    with a causal model.
     """
     network = without_classifier(run.network(checkpoint or run.checkpoint(), device or torch.device("cpu")))
     if how == "cls" and network.is_causal:
@@ -43,7 +45,11 @@ def sentence_vectors(
             hint="use mean or last",
         )
     framing = Framing.of(run.tokenizer, network.model)
-    framed = [framing.frame(run.tokenizer.encode(text)) for text in texts]
+    encoded = [run.tokenizer.encode(text) for text in texts]
+    counts = TextCounts() if counts is None else counts
+    counts.add(map(len, encoded), framing.room)
+    counts.report(reporter)
+    framed = [framing.frame(ids) for ids in encoded]
     vectors = np.zeros((len(framed), network.input_embedding().embedding_dim), dtype=np.float32)
     done = 0
     with reporter.progress("reading", len(framed), "texts") as advance:
@@ -58,11 +64,15 @@ def sentence_vectors(
 
 
 def table(run: Run, texts: Sequence[str], how: str, **options: Any) -> Vectors:
-    """Return one vector per distinct text. The names are the texts themselves. Raises `InputError` if there are no texts."""
-    distinct = list(dict.fromkeys(texts))
+    """Return one vector per distinct text that is not empty. The names are the texts themselves.
+
+    Raises `InputError` if there are no texts.
+    """
+    counts = TextCounts()
+    distinct = list(dict.fromkeys(counts.without_empty(texts)))
     if not distinct:
         raise InputError("there are no texts", hint="provide a text with one sentence per line")
-    matrix = sentence_vectors(run, distinct, how, **options)
+    matrix = sentence_vectors(run, distinct, how, counts=counts, **options)
     chosen = options.get("checkpoint") or run.checkpoint()
     notes = {"run": run.name, "run_path": str(run.path.absolute()), "checkpoint": chosen.name, "which": WHICH, "pool": how}
     return Vectors(distinct, matrix, notes={**notes, "tokenizer": run.tokenizer.fingerprint})

@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 import torch
 
-from tinylm.data.framing import Framing
+from tinylm.data.framing import Framing, TextCounts
 from tinylm.data.labels import LabeledShard, open_labeled
 from tinylm.ensemble import Ensemble
 from tinylm.errors import InputError
@@ -72,6 +72,8 @@ class TextClassifier:
             network = member.run.network(member.checkpoint, device)
             self._members.append((network, Framing.of(self._tokenizer, network.model, truncation(member.run))))
         self.temperature = 1.0
+        self.counts = TextCounts()
+        """The texts that `classify` has skipped or truncated so far."""
 
     def calibrate(self) -> float:
         """Fit the temperature on the held-out texts so that probabilities match the fraction of correct predictions.
@@ -84,17 +86,27 @@ class TextClassifier:
         return self.temperature
 
     def classify(self, texts: Iterable[str]) -> Iterator[Prediction]:
-        """Yield a prediction for each text, in order."""
-        remaining = iter(texts)
+        """Yield a prediction for each text that is not empty, in order. `counts` is updated."""
+        remaining = self.counts.without_empty(texts)
         while chunk := list(islice(remaining, _CHUNK)):
-            logits = self.logits(chunk) / self.temperature
+            documents = self._encode(chunk)
+            self.counts.add(map(len, documents), self.room)
+            logits = self.predict(documents) / self.temperature
             probabilities = np.exp(classification.log_softmax(logits))
             for text, row in zip(chunk, probabilities, strict=True):
                 yield Prediction(text, self.labels[int(row.argmax())], dict(zip(self.labels, map(float, row), strict=True)))
 
     def logits(self, texts: list[str]) -> np.ndarray:
         """Return the logits (texts, labels) before calibration."""
-        return self.predict([np.array(self._tokenizer.encode(text), dtype=np.int64) for text in texts])
+        return self.predict(self._encode(texts))
+
+    @property
+    def room(self) -> int:
+        """The number of tokens of a text that every network reads."""
+        return min(framing.room for _, framing in self._members)
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array(self._tokenizer.encode(text), dtype=np.int64) for text in texts]
 
     def predict(self, documents: Sequence[np.ndarray], on_progress: Callable[[int], None] = lambda tokens: None) -> np.ndarray:
         """Return the logits (texts, labels) for texts given as token ids. For several networks, these are log-probabilities."""

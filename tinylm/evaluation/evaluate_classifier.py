@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tinylm import device as devices
+from tinylm.data.framing import TextCounts
 from tinylm.data.labels import UNSEEN, read_parts
 from tinylm.ensemble import Ensemble, Member
 from tinylm.errors import InputError
@@ -128,8 +129,12 @@ def evaluate_classifier(
     run, chosen = ensemble.members[0].run, ensemble.members[0].checkpoint
     labels = require_classifier(run).labels
     classifier = TextClassifier(ensemble, devices.resolve(device))
-    items = _read(run, sources, text_field, label_field) if sources else []
+    counts = TextCounts()
+    items = _read(run, sources, counts, text_field, label_field) if sources else []
     documents, names = _encoded(run, items, split)
+    if sources:
+        counts.add(map(len, documents), classifier.room)
+        counts.report(reporter)
     targets = _ids(names, labels)
     with reporter.progress("classifying", None, "tokens") as advance:
         each = classifier.predict_each(documents, advance)
@@ -167,7 +172,7 @@ def compare_classifiers(
     The texts are those in `sources`, or the runs' own texts if there are no sources. Raises `InputError` if a run is not a
     classifier, if a source cannot be read, or if the runs' own texts have different labels.
     """
-    items = _read(models[0].members[0].run, sources) if sources else []
+    items = _read(models[0].members[0].run, sources, TextCounts()) if sources else []
     credits: list[np.ndarray] = []
     expected: list[str] | None = None
     for model in models:
@@ -195,11 +200,23 @@ def _members(ensemble: Ensemble, each: Sequence[np.ndarray], logits: np.ndarray,
     return rows
 
 
-def _read(run: Run, sources: Sequence[str], text_field: str | None = None, label_field: str | None = None) -> list[LabeledText]:
+def _read(
+    run: Run,
+    sources: Sequence[str],
+    counts: TextCounts,
+    text_field: str | None = None,
+    label_field: str | None = None,
+) -> list[LabeledText]:
+    """Read the labeled texts in `sources`. Empty texts are skipped and counted in `counts`."""
     data = run.recipe.data
     section = data if isinstance(data, LabelsSection) else LabelsSection.model_validate({"train": list(sources)})
     texts = read_labeled(sources, text_field or section.text, label_field or section.label, section.errors)
-    items = [item for item in texts if item.text.strip()]
+    items = []
+    for item in texts:
+        if item.text.strip():
+            items.append(item)
+        else:
+            counts.empty += 1
     if not items:
         raise InputError("there are no labeled texts", where=describe(sources))
     return items

@@ -137,6 +137,11 @@ def _read_blocks(name: str, stream: IO[bytes]) -> Iterator[bytes]:
         yield block
 
 
+def text_lines(text: str) -> list[str]:
+    """Split a text at line feeds, with or without a preceding carriage return. Other separators, such as U+2028, remain."""
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+
+
 def read_lines(name: str, stream: IO[bytes]) -> Iterator[bytes]:
     """Yield the lines of a stream with their line feeds."""
     rest = b""
