@@ -27,7 +27,7 @@ def compare(
     for run, test in tests:
         low, high = test.ci95
         stdout_console().print(
-            f"BLEU: {first.path} {test.a:.2f}, {run.path} {test.b:.2f}; difference {test.difference:+.2f} "
+            f"BLEU: {first.path} {test.a_bleu:.2f}, {run.path} {test.b_bleu:.2f}; difference {test.difference:+.2f} "
             f"(95% interval {low:+.2f} to {high:+.2f}, p = {test.p_value:.3f})",
             soft_wrap=True,
         )

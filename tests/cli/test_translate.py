@@ -59,6 +59,8 @@ def test_compare_prints_the_difference_in_bleu(run: Run, run_cli: RunCli) -> Non
     result = run_cli("compare", run.path, run.path, "--json")
     assert result.code == 0, result.err
     [test] = result.json["tests"]
+    assert (test["a"], test["b"]) == (str(run.path), str(run.path))
+    assert test["a_bleu"] == test["b_bleu"]
     assert test["difference"] == 0
     assert test["ci95"] == [0, 0]
 

@@ -31,8 +31,8 @@ class PairedScores:
     """BLEU scores of two systems on the same sentences, and the difference A minus B with a paired 95% bootstrap confidence
     interval."""
 
-    a: float
-    b: float
+    a_bleu: float
+    b_bleu: float
     difference: float
     ci95: tuple[float, float]
     p_value: float
