@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from encoders import classifier_recipe, masked_recipe
+from safetensors.torch import load_file, save_file
 
 from tinylm.ensemble import Ensemble
 from tinylm.errors import InputError
@@ -104,6 +106,18 @@ def test_an_imported_model_computes_the_same_logits(name: str, config: dict[str,
         assert fill(run.model(device="cpu"), run.tokenizer, "The [MASK] statement").masks[0].position == len(
             run.tokenizer.encode("The")
         )
+
+
+def test_norms_with_the_names_of_tensorflow_are_imported(tmp_path: Path) -> None:
+    save(tmp_path / "source", "BertForMaskedLM", BERT)
+    file = tmp_path / "source" / "model.safetensors"
+    names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    tensors = {re.sub("|".join(names), lambda part: names[part[0]], name): tensor for name, tensor in load_file(file).items()}
+    assert "cls.predictions.transform.LayerNorm.gamma" in tensors
+    save_file(tensors, file, {"format": "pt"})
+    difference = import_model(tmp_path / "source", tmp_path / "run").largest_difference
+    assert difference is not None
+    assert difference < 1e-4
 
 
 def test_the_bert_preset_survives_export_and_import(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -
     has_head = task != "none"
     if task != "masked_lm":
         model = model.model_copy(update={"head_transform": False, "head_bias": False, "tie_embeddings": True})
-    remaining = {_without_prefix(name, kind): tensor.float() for name, tensor in tensors.items() if not name.endswith(_BUFFERS)}
+    remaining = {_short_name(name, kind): tensor.float() for name, tensor in tensors.items() if not name.endswith(_BUFFERS)}
     missing: list[str] = []
 
     def pop(name: str) -> Tensor:
@@ -116,8 +116,13 @@ _ACTIVATIONS_OF_POOLERS = {"bert": "tanh", "roberta": "tanh", "distilbert": "rel
 _PREFIXES = {"bert": "bert.", "roberta": "roberta.", "distilbert": "distilbert.", "modernbert": "model."}
 
 
-def _without_prefix(name: str, kind: str) -> str:
-    return name.removeprefix(_PREFIXES[kind])
+def _short_name(name: str, kind: str) -> str:
+    """Return a tensor's name without the body's prefix, and with `weight` and `bias` for TensorFlow's `gamma` and `beta`."""
+    return (
+        name.removeprefix(_PREFIXES[kind])
+        .replace("LayerNorm.gamma", "LayerNorm.weight")
+        .replace("LayerNorm.beta", "LayerNorm.bias")
+    )
 
 
 def _short(names: list[str]) -> str:
