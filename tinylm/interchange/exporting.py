@@ -101,7 +101,7 @@ def export(
 def _reject_classifier(run: Run, to: Format) -> None:
     if isinstance(run.recipe.objective, ClassificationObjective):
         architecture = run.recipe.model.architecture
-        hint = "--to onnx exports every classifier"
+        hint = "--to onnx exports classifiers that are based on an encoder or a decoder"
         raise InputError(f"a classifier with the {architecture} architecture cannot be exported", where=f"--to {to}", hint=hint)
 
 

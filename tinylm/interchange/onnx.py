@@ -29,6 +29,8 @@ ENCODERS: Supports = {
     **SUPPORTS,
     "architecture": ("encoder",),
     **dict.fromkeys(("token_types", "head_transform", "head_bias", "norm_first_block"), ANY),
+    **dict.fromkeys(("attention_window", "attention_pattern", "rope_theta_local"), ANY),
+    "feed_forward": ("gelu", "gelu_exact", "relu", "relu2", "swiglu", "geglu", "geglu_exact"),
 }
 """The supported values for encoders."""
 _EXTRA_SHAPES = ((1, 1), (3, 5))
@@ -66,7 +68,9 @@ def write(path: Path, network: Model, name: str) -> None:
 
     context = network.model.context_length
     dynamic = {0: torch.export.Dim("batch")} | ({1: torch.export.Dim("time", max=context)} if context > 1 else {})
-    example = torch.zeros((2, min(2, context)), dtype=torch.long)
+    # Attention masks by window only if a text is longer than the window, so the example must be longer.
+    length = min(max(2, 1 + (getattr(network.model, "attention_window", None) or 0)), context)
+    example = torch.zeros((2, length), dtype=torch.long)
     inputs = {"input_ids": example} | ({"attention_mask": torch.ones_like(example)} if _takes_mask(network) else {})
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(

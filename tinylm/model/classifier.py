@@ -42,7 +42,8 @@ def pool(hidden: Tensor, segments: Tensor | None, how: str) -> Tensor:
     is_text = segments >= 0
     lengths = is_text.sum(dim=1)
     if how == "last":
-        return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+        last = (lengths - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])
+        return hidden.gather(1, last)[:, 0]  # indexing with `arange` would fix the batch size of an exported graph
     return (hidden * is_text[..., None].to(hidden.dtype)).sum(dim=1) / lengths[:, None].to(hidden.dtype)
 
 
