@@ -20,6 +20,7 @@ from tinylm.evaluation.filling import fill
 from tinylm.interchange.exporting import export
 from tinylm.interchange.importing import import_model
 from tinylm.pipeline import train
+from tinylm.recipe.labels import ClassificationObjective
 from tinylm.recipe.schema import BpeTokenizer, WordPieceTokenizer
 from tinylm.run import Run
 from tinylm.text.sources import Piece
@@ -171,6 +172,27 @@ def test_a_classifier_is_exported_with_its_labels(tmp_path: Path) -> None:
     for row, text in zip(batch, texts, strict=True):
         [alone] = session.run(None, {"input_ids": np.array([text]), "attention_mask": np.ones((1, len(text)), np.int64)})
         np.testing.assert_allclose(row, alone[0], atol=1e-5)
+
+
+def test_a_classifier_without_label_names_is_imported_and_other_outputs_are_rejected(tmp_path: Path) -> None:
+    save(tmp_path / "source", "BertForSequenceClassification", {**BERT, "num_labels": 2})
+    file = tmp_path / "source" / "config.json"
+    config = json.loads(file.read_text())
+    assert "id2label" not in config, "transformers omits the labels if there are two with the default names"
+    import_model(tmp_path / "source", tmp_path / "run")
+    objective = Run.open(tmp_path / "run").recipe.objective
+    assert isinstance(objective, ClassificationObjective)
+    assert objective.labels == ("LABEL_0", "LABEL_1")
+    for changed, problem in (
+        ({"id2label": {"0": "LABEL_0"}}, "fewer than 2 labels"),
+        ({"id2label": {"0": "yes", "1": "no", "2": "yes"}}, "has the label 'yes' more than once"),
+        ({"id2label": {"yes": 0}}, "keys are the label ids"),
+        ({"id2label": ["yes", "no"]}, "keys are the label ids"),
+        ({"problem_type": "regression"}, "problem_type 'regression' is not supported"),
+    ):
+        file.write_text(json.dumps({**config, **changed}))
+        with pytest.raises(InputError, match=problem):
+            import_model(tmp_path / "source", tmp_path / "imported")
 
 
 def test_errors_explain_what_cannot_be_exported_or_imported(tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ format.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from tinylm.errors import InputError
@@ -65,7 +67,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -
     """Convert config.json and tensors. Raises `InputError` if the model is unsupported, or if tensors are missing or unexpected."""
     model = section_from_config(config, f"{where}/config.json")
     kind, task = str(config["model_type"]), _task(config)
-    objective = _classification(config, kind, where) if task == "classification" else MaskedLMObjective()
+    objective = _classification(config, tensors, kind, where) if task == "classification" else MaskedLMObjective()
     has_head = task != "none"
     if task != "masked_lm":
         model = model.model_copy(update={"head_transform": False, "head_bias": False, "tie_embeddings": True})
@@ -137,16 +139,31 @@ def _task(config: Mapping[str, Any]) -> str:
     return "masked_lm" if architecture.endswith(("ForMaskedLM", "ForPreTraining")) else "none"
 
 
-def _classification(config: Mapping[str, Any], kind: str, where: str) -> ClassificationObjective:
-    names = config.get("id2label")
-    if not isinstance(names, Mapping) or config.get("problem_type") not in (None, "single_label_classification"):
-        raise InputError("not a classifier that assigns one label to each text", where=where)
+def _classification(config: Mapping[str, Any], tensors: Mapping[str, Tensor], kind: str, where: str) -> ClassificationObjective:
+    """Return the objective with the labels in `id2label`, which config.json omits if the labels are LABEL_0 and LABEL_1."""
+    where = f"{where}/config.json"
+    if config.get("problem_type") not in (None, "single_label_classification"):
+        raise InputError(f"problem_type {config['problem_type']!r} is not supported, only one label per text", where=where)
+    output = tensors.get(f"{_OUTPUTS[kind]}.weight")
+    names: Any = config.get("id2label")
+    if names is None and output is not None:
+        names = {str(row): f"LABEL_{row}" for row in range(len(output))}
     try:
-        labels = tuple(str(label) for _, label in sorted(names.items(), key=lambda item: int(item[0])))
-        pool = config.get("classifier_pooling", "cls") if kind == "modernbert" else "cls"
+        labels = tuple(str(names[id]) for id in sorted(names, key=int))
+    except (TypeError, ValueError):
+        raise InputError("id2label must be an object whose keys are the label ids", where=where) from None
+    if len(labels) < 2:
+        raise InputError("the model has fewer than 2 labels, so it is not a classifier (perhaps a regression model)", where=where)
+    repeated = [label for label, count in Counter(labels).items() if count > 1]
+    if repeated:
+        hint = "give each label its own name"
+        raise InputError(f"id2label has the label {show(repeated[0])} more than once", where=where, hint=hint)
+    pool = config.get("classifier_pooling", "cls") if kind == "modernbert" else "cls"
+    try:
         return ClassificationObjective(pool=pool, pooler=_ACTIVATIONS_OF_POOLERS[kind], labels=labels)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise InputError(f"invalid id2label: {' '.join(str(error).split())}", where=where) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise InputError(f"unsupported classifier: {first['loc'][0]}: {first['msg']}", where=where) from None
 
 
 _REQUIRED: dict[str, Any] = {
