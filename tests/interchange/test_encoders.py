@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from encoders import classifier_recipe, masked_recipe
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,7 @@ from tinylm.interchange.importing import import_model
 from tinylm.pipeline import train
 from tinylm.recipe.labels import ClassificationObjective
 from tinylm.recipe.schema import BpeTokenizer, WordPieceTokenizer
+from tinylm.reporting import CollectingReporter
 from tinylm.run import Run
 from tinylm.text.sources import Piece
 from tinylm.tokenizer import Tokenizer, training
@@ -172,6 +174,52 @@ def test_a_classifier_is_exported_with_its_labels(tmp_path: Path) -> None:
     for row, text in zip(batch, texts, strict=True):
         [alone] = session.run(None, {"input_ids": np.array([text]), "attention_mask": np.ones((1, len(text)), np.int64)})
         np.testing.assert_allclose(row, alone[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"strip_accents": False}, {"tokenize_chinese_chars": False}, {"do_lower_case": False}], ids=str
+)
+def test_the_tokenizer_of_a_folder_with_vocab_txt_is_that_of_transformers(options: dict[str, Any], tmp_path: Path) -> None:
+    save(tmp_path / "source", "BertForMaskedLM", {**BERT, "num_hidden_layers": 1})
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "\u2028", *"aeécfCth日本", *(f"##{c}" for c in "aeéfht本"), "日本"]
+    vocab_size = Tokenizer.load(tmp_path / "source" / "tokenizer.json").vocab_size
+    vocabulary = [*names, *(f"[unused{number}]" for number in range(vocab_size - len(names)))]
+    (tmp_path / "source" / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    (tmp_path / "source" / "tokenizer.json").unlink()
+    (tmp_path / "source" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", **options}))
+    reporter = CollectingReporter()
+    import_model(tmp_path / "source", tmp_path / "run", reporter=reporter)
+    assert not reporter.warnings
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "source")
+    for text in ("the Café é", "日本 a日本e", "hat\u2028a"):
+        assert Tokenizer.load(tmp_path / "run").encode(text) == reference(text, add_special_tokens=False)["input_ids"]
+
+
+def test_the_special_tokens_of_roberta_are_recognized_in_vocab_json(tmp_path: Path) -> None:
+    save(tmp_path / "source", "RobertaForMaskedLM", {**BERT, "type_vocab_size": 1}, byte_level=True)
+    model = json.loads((tmp_path / "source" / "tokenizer.json").read_text())["model"]
+    (tmp_path / "source" / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = "".join(f"{' '.join(pair)}\n" for pair in model["merges"])
+    (tmp_path / "source" / "merges.txt").write_text(f"#version: 0.2\n{merges}")
+    (tmp_path / "source" / "tokenizer.json").unlink()
+    import_model(tmp_path / "source", tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    assert len(fill(run.model(device="cpu"), run.tokenizer, "The [MASK] statement").masks) == 1
+
+
+def test_a_different_tokenizer_in_transformers_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "source", "BertForMaskedLM", BERT)
+    tokenizer = Tokenizer.load(tmp_path / "source" / "tokenizer.json")
+    names = sorted(tokenizer.backend.get_vocab(), key=tokenizer.backend.token_to_id)
+    (tmp_path / "source" / "vocab.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    (tmp_path / "source" / "tokenizer.json").unlink()
+    other = tokenizer.backend.from_str(tokenizer.backend.to_str())
+    other.normalizer = tokenizers.normalizers.Replace("the", "a")
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_object=other)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda folder: reference)
+    reporter = CollectingReporter()
+    import_model(tmp_path / "source", tmp_path / "run", reporter=reporter)
+    assert any("differently" in warning for warning in reporter.warnings)
 
 
 def test_a_classifier_without_label_names_is_imported_and_other_outputs_are_rejected(tmp_path: Path) -> None:

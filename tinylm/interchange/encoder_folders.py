@@ -7,6 +7,7 @@ and [SEP] after it, and recognizes [MASK] in it.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ from tinylm.tokenizer import Tokenizer
 from tinylm.tokenizer.control_tokens import ControlTokens
 
 _VOCABULARY = "vocab.txt"
+_BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_ROBERTA_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+"""The special tokens in vocab.txt, and in vocab.json, neither of which says that they are special."""
 
 
 def is_encoder(folder: Path) -> bool:
@@ -48,10 +52,12 @@ def read(folder: Path, tokenizer_file: Path | None, *, trust_pickle: bool) -> tu
     imported = encoders.read(config, tensors, str(folder))
     if tokenizer_file is not None:
         tokenizer = Tokenizer.load(tokenizer_file)
-    elif (folder / "tokenizer.json").exists() or not (folder / _VOCABULARY).exists():
+    elif (folder / "tokenizer.json").exists():
         tokenizer = Tokenizer.load(folder)
-    else:
+    elif (folder / _VOCABULARY).exists():
         tokenizer = _from_vocabulary(folder)
+    else:
+        tokenizer = _with_special_tokens(Tokenizer.load(folder).backend, _ROBERTA_TOKENS)
     rows = imported.state.get("embedding.weight", imported.state.get("body.embedding.weight"))
     assert rows is not None
     tokenizer = huggingface.pad_vocabulary(tokenizer, rows.shape[0], str(folder))
@@ -67,16 +73,26 @@ def _from_vocabulary(folder: Path) -> Tokenizer:
             options = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(f"not valid JSON: {error}", where=str(folder / "tokenizer_config.json")) from None
-    lowercase = bool(options.get("do_lower_case", True)) if isinstance(options, dict) else True
-    vocabulary = (folder / _VOCABULARY).read_text(encoding="utf-8").splitlines()
+    options = options if isinstance(options, dict) else {}
+    vocabulary = (folder / _VOCABULARY).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     backend = tokenizers.Tokenizer(
         tokenizers.models.WordPiece({token: id for id, token in enumerate(vocabulary)}, unk_token="[UNK]")
     )
-    backend.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lowercase)
+    strip_accents = options.get("strip_accents")
+    backend.normalizer = tokenizers.normalizers.BertNormalizer(
+        lowercase=bool(options.get("do_lower_case", True)),
+        strip_accents=None if strip_accents is None else bool(strip_accents),
+        handle_chinese_chars=bool(options.get("tokenize_chinese_chars", True)),
+    )
     backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     backend.decoder = tokenizers.decoders.WordPiece(prefix="##")
-    special = [name for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if name in vocabulary]
-    backend.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in special])
+    return _with_special_tokens(backend, _BERT_TOKENS)
+
+
+def _with_special_tokens(backend: tokenizers.Tokenizer, names: Sequence[str]) -> Tokenizer:
+    """Mark the tokens with these names as special, except those that the vocabulary does not contain."""
+    present = [name for name in names if backend.token_to_id(name) is not None]
+    backend.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in present])
     return Tokenizer(tokenizers.Tokenizer.from_str(backend.to_str()))
 
 
@@ -98,6 +114,34 @@ def compare_with_transformers(folder: Path, network: Model, tokenizer: Tokenizer
             return f"transformers cannot load it: {' '.join(str(error).split())[:200]}"
         difference, tokens = _largest_difference(network, reference, tokenizer, verify.english_text())
     return difference, tokens, f"transformers {transformers.__version__}"
+
+
+def differently_tokenized_text(folder: Path, tokenizer: Tokenizer) -> str | None:
+    """Return a text for which transformers' tokenizer for the folder returns different ids.
+
+    Returns None if there is no such text, if the folder contains a tokenizer.json, which tinylm and transformers both read, or if
+    transformers is not installed or cannot load the tokenizer.
+    """
+    if (folder / "tokenizer.json").exists():
+        return None
+    try:
+        import transformers
+    except ImportError:
+        return None
+    with huggingface.quiet(transformers):
+        try:
+            reference = transformers.AutoTokenizer.from_pretrained(folder)
+        except Exception:  # transformers raises many kinds of exceptions for a folder that it does not support
+            return None
+        for probe in _probes(verify.english_text()):
+            if list(reference(probe, add_special_tokens=False)["input_ids"]) != tokenizer.encode(probe):
+                return probe
+    return None
+
+
+def _probes(text: str) -> list[str]:
+    """Return the texts on which to compare tokenizers, without those that spell a special token: transformers recognizes it."""
+    return [probe for probe in verify.tokenizer_probes(text) if not any(name in probe for name in ("[", "</s>"))]
 
 
 def _load(transformers: Any, folder: Path, network: Model) -> Any:
@@ -207,8 +251,7 @@ def check_export(folder: Path, network: Model, tokenizer: Tokenizer, text: str) 
         except Exception as error:  # any exception means that the export is unusable
             raise WorkError(f"transformers cannot load the exported folder: {' '.join(str(error).split())[:300]}") from error
         control = ControlTokens.of(tokenizer)
-        probes = [probe for probe in verify.tokenizer_probes(text) if not any(name in probe for name in ("[", "</s>"))]
-        for probe in probes:
+        for probe in _probes(text):
             if list(other_tokenizer(probe)["input_ids"]) != [control.cls, *tokenizer.encode(probe), control.sep]:
                 raise WorkError(
                     f"the exported tokenizer tokenizes {probe[:60]!r} differently from the tinylm tokenizer",

@@ -150,6 +150,10 @@ def _import_encoder(source: Path, folder: Path, name: str, options: _EncoderOpti
         reporter.warn(f"the imported model was not compared with the original, because {compared}")
     elif difference is not None:
         verify.check_logits(difference, "the imported model")
+    if options.tokenizer is None:
+        probe = encoder_folders.differently_tokenized_text(source, tokenizer)
+        if probe is not None:
+            reporter.warn(f"the imported tokenizer and transformers tokenize {probe[:60]!r} differently")
     with atomic_folder(folder) as temporary:
         _write(temporary, folder, name, network, tokenizer, imported.objective)
     return ImportResult(
