@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -16,16 +17,20 @@ from command import environment
 from encoders import masked_recipe
 from safetensors.torch import load_file
 
+from tinylm.data.framing import with_control_tokens
 from tinylm.data.masking import Masking
 from tinylm.errors import InputError
 from tinylm.evaluation import masked
-from tinylm.evaluation.filling import fill
+from tinylm.evaluation.filling import FilledText, fill
 from tinylm.evaluation.perplexity import evaluate as evaluate_perplexity
 from tinylm.generation.engine import generate
 from tinylm.generation.sampling import SamplingOptions
+from tinylm.model import registry
 from tinylm.pipeline import train
 from tinylm.run import Run
+from tinylm.text.sources import Piece
 from tinylm.tokenizer.control_tokens import ControlTokens
+from tinylm.tokenizer.training import train as train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +153,23 @@ def test_fill_returns_the_predicted_probabilities(run: Run) -> None:
         fill(network, tokenizer, "nothing to fill")
     with pytest.raises(InputError, match="only 14 fit"):
         fill(network, tokenizer, "a" * 20 + "[MASK]")
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "word", "wordpiece", "bpe"])
+def test_filling_masks_does_not_change_the_rest_of_the_text(kind: str, tmp_path: Path) -> None:
+    size = "" if kind in ("byte", "char") else ", vocab_size: 300"
+    recipe = masked_recipe(tmp_path, tokenizer=f"{{kind: {kind}{size}}}")
+    tokenizer = train_tokenizer(
+        with_control_tokens(recipe.tokenizer, recipe.model), [Piece("the apple is near the pear", True)], print
+    )
+    network = registry.build(recipe.model, tokenizer.vocab_size, 0).eval()
+    result = fill(network, tokenizer, "Zü\n  [MASK], [MASK]\n", top=1)
+    first, second = (mask.candidates[0].token.strip() for mask in result.masks)
+    assert re.fullmatch(rf"Zü\n ? ?\s?{re.escape(first)}, ?\s?{re.escape(second)}\n", result.filled)
+
+
+def test_a_filled_text_is_written_on_one_line() -> None:
+    assert FilledText("a[MASK]b", "a\r\nb", []).filled_line == "a\\r\\nb"
 
 
 def test_an_encoder_cannot_generate_text_or_predict_next_tokens(run: Run) -> None:

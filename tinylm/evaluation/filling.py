@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,8 @@ from tinylm.evaluation.scoring import top_logprobs
 from tinylm.model.base import Model, evaluation_mode
 from tinylm.recipe.encoder import MASK
 from tinylm.tokenizer import Tokenizer
-from tinylm.tokenizer.control_tokens import ControlTokens, encode_with_masks
+from tinylm.tokenizer.control_tokens import ControlTokens, encode_with_masks, split_at_masks
+from tinylm.tokenizer.tokenizer import DecodingRules
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,16 @@ class FilledMask:
 
 @dataclass(frozen=True)
 class FilledText:
-    """A text with masks and the candidates for each mask. In `filled`, each mask is replaced with its most likely token."""
+    """A text with masks and the candidates for each mask. `filled` is the text with the most likely token in place of each mask."""
 
     text: str
     filled: str
     masks: list[FilledMask]
+
+    @property
+    def filled_line(self) -> str:
+        """`filled` on one line, with newlines written as `\\n` and `\\r`."""
+        return self.filled.replace("\n", "\\n").replace("\r", "\\r")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON document of `tinylm fill --json`."""
@@ -87,8 +94,27 @@ def fill(network: Model, tokenizer: Tokenizer, text: str, top: int = 5) -> Fille
         FilledMask(int(position), [Candidate(id, token_text(tokenizer, id), p) for id, p in zip(row, probabilities, strict=True)])
         for position, row, probabilities in zip(positions, top_ids.tolist(), logprobs.exp().tolist(), strict=True)
     ]
-    ids[positions] = [mask.candidates[0].id for mask in masks]
-    return FilledText(text, tokenizer.decode(ids.tolist()), masks)
+    return FilledText(text, _splice(tokenizer, split_at_masks(tokenizer, text), [mask.candidates[0].id for mask in masks]), masks)
+
+
+def _splice(tokenizer: Tokenizer, parts: Sequence[str], ids: Sequence[int]) -> str:
+    """Return the text that results from writing one token after each part except the last. The parts do not change.
+
+    If encoding drops whitespace, a token that begins a word is written with a space only after a letter or digit, and a token that
+    continues a word replaces the space before it.
+    """
+    space_before = DecodingRules.from_json(tokenizer.tokenizer_json).space_before
+    filled = b""
+    for part, id in zip(parts, ids, strict=False):
+        filled += part.encode()
+        token = tokenizer.token_bytes[id]
+        begins_word = token.startswith(b" ")
+        if space_before == "always" and not begins_word:
+            filled = filled.removesuffix(b" ")
+        elif (space_before == "always" and not filled[-1:].isalnum()) or (space_before == "once" and not filled):
+            token = token.removeprefix(b" ")
+        filled += token
+    return (filled + parts[-1].encode()).decode("utf-8", "replace")
 
 
 def token_text(tokenizer: Tokenizer, id: int) -> str:

@@ -28,7 +28,7 @@ from tinylm.recipe.encoder import EncoderSection
 from tinylm.recipe.labels import ClassificationObjective
 from tinylm.recipe.schema import ObjectiveVariant
 from tinylm.tokenizer import Tokenizer
-from tinylm.tokenizer.control_tokens import ControlTokens
+from tinylm.tokenizer.control_tokens import ControlTokens, joins_spaces
 
 _VOCABULARY = "vocab.txt"
 _BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -206,7 +206,11 @@ def write(folder: Path, network: Model, objective: ObjectiveVariant, tokenizer: 
 
 
 def _tokenizer_json(tokenizer: Tokenizer, control: ControlTokens) -> dict[str, Any]:
-    """Return a tokenizer.json that adds [CLS] and [SEP] to texts. As in `tinylm fill`, [MASK] includes a space before it."""
+    """Return a tokenizer.json that adds [CLS] and [SEP] to texts.
+
+    As in `tinylm fill`, [MASK] includes a space before it if the tokenizer joins spaces to words. In transformers, it then includes
+    all whitespace before it.
+    """
     values: dict[str, Any] = json.loads(tokenizer.backend.to_str())
     names = {name: str(tokenizer.backend.id_to_token(id)) for name, id in (("cls", control.cls), ("sep", control.sep))}
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
@@ -218,7 +222,7 @@ def _tokenizer_json(tokenizer: Tokenizer, control: ControlTokens) -> dict[str, A
     values["post_processor"] = json.loads(backend.to_str())["post_processor"]
     for token in values["added_tokens"]:
         if token["id"] == control.mask:
-            token["lstrip"] = True
+            token["lstrip"] = joins_spaces(tokenizer)
     return values
 
 
@@ -226,11 +230,11 @@ def _tokenizer_config(tokenizer: Tokenizer, control: ControlTokens, context_leng
     special = {"cls_token": control.cls, "sep_token": control.sep, "mask_token": control.mask, "pad_token": control.pad}
     special["unk_token"] = control.pad if tokenizer.unknown is None else tokenizer.unknown
     mask = str(tokenizer.backend.id_to_token(control.mask))
-    added = {"content": mask, "lstrip": True, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+    flags = {"lstrip": joins_spaces(tokenizer), "rstrip": False, "normalized": False, "single_word": False, "special": True}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{name: tokenizer.backend.id_to_token(id) for name, id in special.items()},
-        "mask_token": {"__type": "AddedToken", **added},
+        "mask_token": {"__type": "AddedToken", "content": mask, **flags},
         "model_max_length": context_length,
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,

@@ -6,6 +6,7 @@ Text is never encoded as control tokens.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import tokenizers
 
 from tinylm.errors import InputError
 from tinylm.tokenizer.backend_errors import translate_backend_errors
-from tinylm.tokenizer.tokenizer import Tokenizer
+from tinylm.tokenizer.tokenizer import DecodingRules, Tokenizer
 
 _SPELLINGS = {
     "cls": ("[CLS]", "<s>"),
@@ -53,21 +54,42 @@ class ControlTokens:
         return cls(**ids)
 
 
+def split_at_masks(tokenizer: Tokenizer, text: str) -> list[str]:
+    """Return the parts of a text before, between and after its masks, each written as [MASK] or in the tokenizer's spelling.
+
+    If the tokenizer joins a space to the word after it, one space before a mask belongs to the masked token and is removed.
+    """
+    parts = re.split("|".join(map(re.escape, (_SPELLINGS["mask"][0], _mask_spelling(tokenizer)))), text)
+    return [*(part.removesuffix(" ") for part in parts[:-1]), parts[-1]] if joins_spaces(tokenizer) else parts
+
+
+def joins_spaces(tokenizer: Tokenizer) -> bool:
+    """Whether the vocabulary contains words that begin with a space.
+
+    This is false if encoding drops all whitespace: the spaces in the decoded text are then not part of the tokens.
+    """
+    drops_spaces = DecodingRules.from_json(tokenizer.tokenizer_json).space_before == "always"
+    return not drops_spaces and any(token[:1] == b" " and not token.isspace() for token in tokenizer.token_bytes)
+
+
+def _mask_spelling(tokenizer: Tokenizer) -> str:
+    return str(tokenizer.backend.id_to_token(ControlTokens.of(tokenizer).mask))
+
+
 def encode_with_masks(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Encode a text in which each [MASK] represents one masked token. A space before [MASK] belongs to the masked token.
+    """Encode a text in which each [MASK] represents one masked token. See `split_at_masks` for the space before it.
 
     All other control tokens in the text are encoded as ordinary text.
     """
-    mask = ControlTokens.of(tokenizer).mask
-    spelling = str(tokenizer.backend.id_to_token(mask))
+    spelling = _mask_spelling(tokenizer)
     document = json.loads(tokenizer.backend.to_str())
     for token in document["added_tokens"]:
-        if token["id"] == mask:  # a token that is not special is recognized in any text
-            token.update(special=False, lstrip=True, rstrip=False, single_word=False, normalized=False)
+        if token["content"] == spelling:  # a token that is not special is recognized in any text
+            token.update(special=False, lstrip=False, rstrip=False, single_word=False, normalized=False)
     backend = tokenizers.Tokenizer.from_str(json.dumps(document))
     backend.encode_special_tokens = True
     with translate_backend_errors():
-        return list(backend.encode(text.replace(_SPELLINGS["mask"][0], spelling), add_special_tokens=False).ids)
+        return list(backend.encode(spelling.join(split_at_masks(tokenizer, text)), add_special_tokens=False).ids)
 
 
 def is_ordinary(tokenizer: Tokenizer) -> Sequence[bool]:
