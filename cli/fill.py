@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import typer
@@ -19,6 +20,7 @@ from .console import (
     RUN,
     THREADS,
     checked_text,
+    given_options,
     open_run,
     print_json,
     stderr_console,
@@ -34,6 +36,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def fill(
+    ctx: typer.Context,
     text: str = typer.Argument(
         ..., help="A text with [MASK] for each token to predict, or - to read one text per line from standard input."
     ),
@@ -47,35 +50,47 @@ def fill(
 ) -> None:
     """Predict the masked tokens in a text from the context on both sides, with a model trained with `objective: masked_lm`.
 
-    A space before [MASK] belongs to the masked token. For text from standard input, the output is one filled text per line, or a
-    list with --json.
+    If the tokenizer joins spaces to words, a space before [MASK] belongs to the masked token. For text from standard input, the
+    output is one filled text per line, with newlines in predicted tokens written as \\n, or a list with --json.
     """
-    texts = _lines() if text == "-" else [checked_text(text, "TEXT")]
+    if text == "-" and not json and given_options(ctx, ("top",)):
+        raise InputError("requires --json if the text comes from standard input", where="--top")
+    texts = _lines() if text == "-" else {"TEXT": checked_text(text, "TEXT")}
     opened = open_run(run, stderr_console(), quiet=quiet)
     chosen = opened.checkpoint(checkpoint)
 
     from tinylm import device as devices
     from tinylm.evaluation.filling import fill as fill_text
+    from tinylm.evaluation.filling import require_masked_model
 
     devices.set_threads(threads)
     network = opened.network(chosen, devices.resolve(device))
-    filled = (fill_text(network, opened.tokenizer, line, top) for line in texts)
+    require_masked_model(network)
+
+    def fill_texts() -> Iterator[FilledText]:
+        for where, line in texts.items():
+            try:
+                yield fill_text(network, opened.tokenizer, line, top)
+            except InputError as error:
+                raise InputError(error.message, where=where, hint=error.hint) from None
+
+    filled = fill_texts()
     if json:
         documents = [result.as_dict() for result in filled]
         print_json(documents if text == "-" else documents[0])
     elif text == "-":
         for result in filled:
-            write_stdout(result.filled)
+            write_stdout(result.filled_line)
     else:
         _print(next(filled))
 
 
-def _lines() -> list[str]:
-    """Return the non-blank lines of standard input. Raises `InputError` if there are none."""
-    lines = [line for line in sys.stdin.read().splitlines() if line.strip()]
+def _lines() -> dict[str, str]:
+    """Return the non-blank lines of standard input by their place, such as `-:1`. Raises `InputError` if there are none."""
+    lines = {f"-:{number}": line for number, line in enumerate(sys.stdin.read().splitlines(), 1) if line.strip()}
     if not lines:
         raise InputError("standard input is empty", where="-", hint="write one text with [MASK] per line")
-    return [checked_text(line, "-") for line in lines]
+    return {where: checked_text(line, where) for where, line in lines.items()}
 
 
 def _print(result: FilledText) -> None:

@@ -41,7 +41,10 @@ def test_fill_prints_candidates_and_fills_lines_from_a_pipe(run_cli: RunCli, mas
     assert len(mask["candidates"]) == 3
     assert mask["candidates"][0]["probability"] >= mask["candidates"][1]["probability"]
     piped = run_cli("fill", "-", "--run", masked, stdin=b"a [MASK]\n\nb [MASK]\n")
-    assert len(piped.out.splitlines()) >= 2
+    assert len(piped.out.split("\n")) == 3
+    unmasked = run_cli("fill", "-", "--run", masked, stdin=b"\na [MASK]\nb\n")
+    assert "-:3: the text has no [MASK]" in unmasked.err
+    assert "--top: requires --json" in run_cli("fill", "-", "--top", "2", "--run", masked, stdin=b"a [MASK]\n").err
     wrong = run_cli("fill", "no mask", "--run", masked)
     assert wrong.code == 2
     assert "has no [MASK]" in wrong.err
