@@ -37,6 +37,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "value embeddings, first and last block": ("model.value_embeddings=1",),
     "embedding shortcut": ("model.embedding_shortcut=on",),
     "parallel residual": ("model.parallel_residual=on",),
+    "keys of one head shifted by a position": ("model.shifted_key_heads=1",),
     "n-grams [2, 3]": ("model.ngram_embeddings=[2, 3]",),
     "n-grams [2, 3, 4, 5, 6]": ("model.ngram_embeddings=[2, 3, 4, 5, 6]",),
     "without n-grams": ("model.ngram_embeddings=[]",),

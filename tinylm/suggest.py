@@ -181,6 +181,8 @@ class _Draft:
         yield f"  n_head: {max(1, self.width // 64)}", "n_head"
         yield f"  n_embd: {self.width}", "n_embd"
         yield f"  context_length: {self.context}", "context_length"
+        if not self.for_gguf:
+            yield "  shifted_key_heads: 1", "shifted_key_heads"
         if self.ngram_dropout is not None:
             yield "  ngram_embeddings: [2, 3]", "ngram_embeddings"
             yield "  ngram_width: 64", "ngram_width"
@@ -420,6 +422,7 @@ def _reasons(
         "n_head": "each head is 64 wide",
         "n_embd": f"{_short(plan.parameters)} parameters, trained on {_short(plan.tokens)} tokens: {passes}",
         "context_length": "the model attends to this many tokens",
+        "shifted_key_heads": "one head finds the tokens that followed earlier occurrences of the current one",
         "ngram_embeddings": "tables for token pairs and triples improve the model at little cost",
         "ngram_dropout": "without dropout, the tables would memorize the names in each document",
         "dropout": f"without it, {passes} would overfit",

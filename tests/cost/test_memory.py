@@ -63,6 +63,8 @@ PARTS: list[dict[str, Any]] = [
     {"dropout": 0.1},
     {"dropout": 0.1, "value_residual": True},
     {"logit_softcap": 15.0},
+    {"shifted_key_heads": 2},
+    {"shifted_key_heads": 1, "n_kv_head": 2, "qk_norm": False, "position": "learned"},
 ]
 
 

@@ -40,6 +40,7 @@ VALUES: dict[str, Any] = {
     "dropout": 0.1,
     "attention_dropout": 0.1,
     "attention_softcap": 2.0,
+    "shifted_key_heads": 1,
     "logit_softcap": 3.0,
     "embedding_scale": 3.0,
     "init_embeddings": "vectors.txt",

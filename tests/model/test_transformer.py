@@ -188,6 +188,7 @@ CHANGES = [
     {"embedding_scale": 3.0, "embedding_norm": False},
     {"qk_norm_joint": True, "qk_gain": False},
     {"attention_softcap": 0.5},
+    {"shifted_key_heads": 1},
     {"feed_forward": "geglu"},
     {"feed_forward": "gelu"},
     {"feed_forward": "gelu", "n_inner": 60},
@@ -424,6 +425,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"embedding_shortcut": True},
     {"ngram_embeddings": [2, 3], "ngram_rows": 97, "ngram_width": 8},
     {"logit_softcap": 3.0},
+    {"shifted_key_heads": 1},
+    {"shifted_key_heads": 2, "n_kv_head": 2},
     {"norm_gain": False},
     {"qk_gain": False},
     {
@@ -484,7 +487,10 @@ def _reference_logits(network: Transformer, tokens: Tensor) -> Tensor:
         attended = []
         for head in range(shape.n_head):
             group = head * shape.kv_heads // shape.n_head
-            scores = q[:, head] @ k[:, group].T / math.sqrt(width)
+            keys = k[:, group]
+            if group < shape.shifted_key_heads:
+                keys = torch.stack([torch.zeros_like(keys[0]), *keys[:-1]])
+            scores = q[:, head] @ keys.T / math.sqrt(width)
             is_local = shape.attention_pattern[layer % len(shape.attention_pattern)] == "local"
             window = (shape.attention_window if is_local else None) or len(tokens)
             masked = [[not 0 <= query - key < window for key in range(len(tokens))] for query in range(len(tokens))]
@@ -523,7 +529,7 @@ def test_each_setting_except_gains_changes_the_output_and_every_parameter_has_a_
     tokens, objective = ids(4, 12), CausalLM()
     differs = not _close(network(tokens), without(tokens))
     assert differs == (overrides not in ({"norm_gain": False}, {"qk_gain": False})), "gains of 1 have no effect"
-    assert network.parameter_count() != without.parameter_count() or "logit_softcap" in overrides
+    assert network.parameter_count() != without.parameter_count() or {"logit_softcap", "shifted_key_heads"} & overrides.keys()
     objective.loss_sum(network, causal_batch(tokens)).backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
@@ -538,6 +544,14 @@ def test_attention_windows_apply_within_segments() -> None:
         together = network.logits(network.hidden(tokens, segments=segments))
         alone = torch.cat((network(tokens[:, :5]), network(tokens[:, 5:])), dim=1)
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_shifted_keys_do_not_cross_segment_boundaries() -> None:
+    network = model(n_layer=2, shifted_key_heads=1)
+    tokens, segments = ids(1, 9), torch.tensor([[0] * 4 + [1] * 5])
+    with torch.no_grad():
+        separate = torch.cat((network(tokens[:, :4]), network(tokens[:, 4:])), dim=1)
+        torch.testing.assert_close(network(tokens, segments=segments), separate, atol=1e-5, rtol=1e-5)
 
 
 def test_value_embeddings_are_in_the_first_and_last_blocks() -> None:

@@ -130,6 +130,7 @@ SETTINGS: dict[str, list[str]] = {
     "DecoderSection.qk_norm": ["model.qk_norm=off"],
     "DecoderSection.qk_norm_joint": ["model.qk_norm_joint=on"],
     "DecoderSection.qk_gain": ["model.qk_gain=off"],
+    "DecoderSection.shifted_key_heads": ["model.shifted_key_heads=1"],
     "DecoderSection.embedding_norm": ["model.embedding_norm=off"],
     "DecoderSection.zero_init_outputs": ["model.zero_init_outputs=off"],
     "DecoderSection.ngram_embeddings": ["model.ngram_embeddings=[2, 3]"],

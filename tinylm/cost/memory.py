@@ -161,6 +161,7 @@ def _attention_bytes(model: TransformerSection, config: PassConfig, layer: int) 
     elif fused:
         total += qk * e if rotated or (model.qk_norm if config.on_gpu else has_gain) else 0
         total += keys * e if mixes_values else 0
+        total += keys * e if model.shifted_key_heads else 0
         total += 4 * heads
         total += model.context_length * e if config.document_mask else 0
     else:  # q, k, v and three score matrices per head, in float32
@@ -196,6 +197,7 @@ def outside_block_bytes(model: TransformerSection, config: PassConfig) -> int:
     width = model.n_embd
     total = 8 + width * config.s  # the token id and the gradient
     total += 8 if config.document_mask and model.position == "learned" else 0  # the position in the document
+    total += 1 if config.document_mask and model.shifted_key_heads else 0  # where documents begin
     if model.ngram_embeddings:
         total += len(model.ngram_embeddings) * (8 + model.ngram_width * config.e + (4 if model.ngram_dropout else 0))
     if model.embedding_norm:

@@ -12,7 +12,7 @@ from tinylm.recipe.recurrent import GruSection, LstmSection, RecurrentEncoderDec
 from tinylm.recipe.schema import DecoderSection, LoraSection, ModelVariant, TransformerSection
 from tinylm.recipe.support import ANY, COMMON, Supports, unsupported_parts
 
-SUPPORTS: Supports = {**COMMON, "rope_scaling": ANY, "rope_fraction": ANY}
+SUPPORTS: Supports = {**COMMON, "rope_scaling": ANY, "rope_fraction": ANY, "shifted_key_heads": ANY}
 """The `model:` keys and values of a decoder that are covered by all estimates in `tinylm.cost`: parameters, FLOPs, memory and
 time."""
 _STACK = {key: values for key, values in SUPPORTS.items() if key != "architecture"}

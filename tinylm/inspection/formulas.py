@@ -80,6 +80,7 @@ def _notes(model: ModelVariant) -> list[tuple[str, str]]:
     """Explain how unusual parts of this model affect the numbers."""
     notes = {
         "qk_norm": ("QK norm", "queries and keys are shown after normalization and rotation, so their dot products are the scores"),
+        "shifted_key_heads": ("shifted keys", "the keys of the first heads are those of the previous position"),
         "attention_softcap": ("attention soft-cap", "scores are c · tanh(score / c) before the softmax"),
         "logit_softcap": ("logit soft-cap", "attribution explains the logits before c · tanh(logit / c)"),
         "ngram_embeddings": ("n-gram embeddings", "are a separate component in the attribution"),

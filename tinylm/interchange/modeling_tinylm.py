@@ -51,6 +51,7 @@ DEFAULTS = {
     "head_bias": False,
     "qk_norm": True,
     "qk_norm_joint": False,
+    "shifted_key_heads": 0,
     "qk_gain": True,
     "embedding_norm": True,
     "embedding_scale": 1.0,
@@ -159,6 +160,7 @@ class Inputs(NamedTuple):
 
     tokens: torch.Tensor | None  # (B, T)
     embedded: torch.Tensor  # (B, T, C), the input to the first block
+    attention_mask: torch.Tensor  # (B, S), 0 at padding
     masks: dict  # for global and local blocks, (B, 1, T, S): True where a query can attend to a key
     rotations: dict  # for global and local blocks, the cosines and sines, (B, 1, T, D/2)
     cache: object
@@ -200,6 +202,8 @@ class Attention(nn.Module):
         values = v
         if inputs.cache is not None:
             k, v = inputs.cache.update(k, v, self.layer, {"cache_position": inputs.cache_position})
+        if config.shifted_key_heads:
+            k = shift_keys(k, config.shifted_key_heads, inputs.attention_mask)
         mask = inputs.masks[self.kind]
         mask = F.pad(mask, (0, k.shape[2] - mask.shape[3]))  # mask out the unused positions in a static cache
         groups = config.n_head // config.n_kv_head
@@ -211,6 +215,12 @@ class Attention(nn.Module):
         else:
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T, D)
         return self.output(attended.transpose(1, 2).reshape(B, T, -1)), values, pattern
+
+
+def shift_keys(k, heads, attention_mask):
+    """Move the keys (B, K, S, D) of the first `heads` heads to the next position. Keys of padding become zeros."""
+    present = F.pad(attention_mask, (0, k.shape[2] - attention_mask.shape[1]))[:, None, :-1, None]
+    return torch.cat((F.pad(k[:, :heads, :-1] * present, (0, 0, 1, 0)), k[:, heads:]), dim=1)
 
 
 def attention_pattern(q, k, mask, cap):
@@ -427,7 +437,7 @@ class TinylmModel(PreTrainedModel):
         masks = {"global": self._mask(attention_mask, T), "local": self._mask(attention_mask, T, config.attention_window)}
         cache_position = torch.arange(past, past + T, device=device)
         rotations = self._rotations(position_ids, x.dtype)
-        inputs = Inputs(input_ids, x, masks, rotations, cache, cache_position, bool(output_attentions))
+        inputs = Inputs(input_ids, x, attention_mask, masks, rotations, cache, cache_position, bool(output_attentions))
         states, patterns, first_values = (x,), (), None
         for block in self.blocks:
             if recompute:

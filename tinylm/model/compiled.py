@@ -42,6 +42,7 @@ SUPPORTS: Supports = {
     "feed_forward": ("gelu", "relu", "relu2", "silu", "swiglu"),
     "rope_scaling": ANY,
     "rope_fraction": ANY,
+    "shifted_key_heads": ANY,
 }
 """The values of `model:` keys that the compiled code supports. PyTorch decodes all other networks."""
 _ALIGNMENT = 64
@@ -164,6 +165,7 @@ class CompiledStep:
         step["layers"], step["matrices"] = self._layers.ctypes.data, self._matrices.ctypes.data
         step["layer_count"], step["width"] = model.n_layer, model.n_embd
         step["heads"], step["kv_heads"], step["head_width"] = model.n_head, model.kv_heads, model.head_width
+        step["shifted_heads"] = model.shifted_key_heads
         step["activation"] = getattr(records, model.feed_forward.upper())  # GELU, RELU, ...
         step["layer_norm"], step["norm_eps"] = model.norm == "layernorm", model.norm_eps
         step["qk_norm_eps"] = model.norm_eps if model.qk_norm else -1.0

@@ -30,7 +30,7 @@ from tinylm.model.full_pass import FullPassDecoder
 from tinylm.model.functions import at_least_float32, attention_without_cudnn
 from tinylm.model.graphs import CUDAGraphs, GraphBackend, GraphedSteps
 from tinylm.model.hooks import has_functions
-from tinylm.model.layers import Attention, Block, RMSNorm
+from tinylm.model.layers import Attention, Block, RMSNorm, shift_keys
 from tinylm.model.packed import TransposedLinear, WeightKind, pack
 from tinylm.model.recurrent import Recurrent
 from tinylm.model.state import DecodingModel, DeviceSampler
@@ -45,6 +45,7 @@ SUPPORTS: Supports = {
     "norm_position": ("pre", "post", "output", "both"),
     "feed_forward": ("gelu", "gelu_exact", "relu", "relu2", "swiglu", "geglu"),
     "qk_norm_joint": ANY,
+    "shifted_key_heads": ANY,
     "rope_scaling": ANY,
     "rope_fraction": ANY,
     "rope_theta_local": ANY,
@@ -420,7 +421,7 @@ class _DecoderLayer:
         self._value_embedding = block.value_embedding
         self._value_share = attention.value_share
         self._heads, self._kv_heads, self._head_width = attention.heads, attention.kv_heads, attention.head_width
-        self._windowed = attention.window is not None
+        self._windowed, self._shifted_heads = attention.window is not None, attention.shifted_heads
         self._uses_rope, self._is_local = block.uses_rope, block.is_local
         self._norms_all_heads = attention.norms_all_heads
         self._qk_heads = attention.heads + attention.kv_heads
@@ -445,9 +446,10 @@ class _DecoderLayer:
             v = torch.lerp(first_values, v, self._value_share)
         cache.flat_keys.index_copy_(0, context.slots, k)
         cache.flat_values.index_copy_(0, context.slots, v)
+        keys = cache.keys.narrow(2, 0, context.kv_length)  # (B, K, S, D)
         attended = F.scaled_dot_product_attention(
             q.reshape(B, self._kv_heads, -1, self._head_width),  # (B, K, G, D): a group's queries lie along the time axis
-            cache.keys.narrow(2, 0, context.kv_length),  # (B, K, S, D)
+            shift_keys(keys, self._shifted_heads) if self._shifted_heads else keys,
             cache.values.narrow(2, 0, context.kv_length),
             attn_mask=context.window_mask if self._windowed else context.mask,
         ).view(B, -1)  # (B, H D)

@@ -527,7 +527,8 @@ def _attend(step: Any, layer: Any, layer_index: Any, thread: Any, row: Any, firs
     for query in range(first * group, last * group):
         _norm_and_rotate(step, queries + query * width * 4, layer.query_gain, position)
     scores, score_bytes = step.scratch + thread * step.scratch_bytes + step.scores_offset, step.capacity * 4
-    _attention_scores(queries, step.keys + begin, position + 1, row_bytes, first, last, group, width, scores, score_bytes)
+    keys, shifted = step.keys + begin, step.shifted_heads
+    _attention_scores(queries, keys, shifted, position + 1, row_bytes, first, last, group, width, scores, score_bytes)
     for query in range(first * group, last * group):
         softmax(scores + query * score_bytes, position + 1)
     attended = step.attended + row * step.heads * width * 4
@@ -538,6 +539,7 @@ def _attend(step: Any, layer: Any, layer_index: Any, thread: Any, row: Any, firs
 def _attention_scores(
     queries: Any,
     keys: Any,
+    shifted: Any,
     count: Any,
     row_bytes: Any,
     first: Any,
@@ -547,14 +549,18 @@ def _attention_scores(
     scores: Any,
     score_bytes: Any,
 ) -> None:
-    """Compute scaled dot products of queries and keys at `count` positions: (queries, positions), `score_bytes` per query."""
+    """Compute scaled dot products of queries and keys at `count` positions: (queries, positions), `score_bytes` per query.
+
+    The first `shifted` heads use the key of the previous position, which is 0 at the first position.
+    """
     scale = np.float32(1.0) / np.sqrt(np.float32(width))
     for t in range(count):
         for head in range(first, last):
-            k = keys + t * row_bytes + head * width * 4
+            shift = 1 if head < shifted else 0
+            k, length = keys + (t - shift) * row_bytes + head * width * 4, width if t >= shift else 0
             for query in range(head * group, (head + 1) * group):
                 q, score = queries + query * width * 4, np.float32(0.0)
-                for i in range(width):
+                for i in range(length):
                     score += load(q, i) * load(k, i)
                 store(scores + query * score_bytes, t, score * scale)
 

@@ -43,6 +43,17 @@ def make_norm(model: TransformerSection, width: int) -> nn.Module:
     return RMSNorm(width, model.norm_eps, model.norm_gain)
 
 
+def shift_keys(k: Tensor, heads: int, segment_starts: Tensor | None = None) -> Tensor:
+    """Move the keys of the first `heads` heads to the next position: (B, K, S, D) -> (B, K, S, D).
+
+    The first position gets a key of zeros, and so do the positions where `segment_starts` (B, S) is True.
+    """
+    shifted = F.pad(k[:, :heads, :-1], (0, 0, 1, 0))
+    if segment_starts is not None:
+        shifted = shifted.masked_fill(segment_starts[:, None, :, None], 0)
+    return torch.cat((shifted, k[:, heads:]), dim=1)
+
+
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values, each (B, S, K, D)."""
 
@@ -78,6 +89,8 @@ class ForwardContext:
     """Whether a position attends only to itself and earlier positions. A `mask` must already be causal if this is True."""
     memory: Memory | None = None
     """The input of cross-attention in blocks that have it."""
+    segment_starts: Tensor | None = None
+    """(B, T), True at the first position of each segment. None means that the first position is the only one."""
 
 
 class Attention(nn.Module):
@@ -93,6 +106,7 @@ class Attention(nn.Module):
         self.dropout = model.attention_dropout_p
         self.layer = layer
         self.window = model.window_of(layer)
+        self.shifted_heads = model.shifted_key_heads
         self.query_rows = self.heads * self.head_width
         rows = self.query_rows + 2 * self.kv_heads * self.head_width
         self.qkv = nn.Linear(model.n_embd, rows, bias=model.bias)
@@ -122,6 +136,7 @@ class Attention(nn.Module):
         first_values: Tensor | None = None,
         n_last: int | None = None,
         keys_values: KeysValues | None = None,
+        segment_starts: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(B, T, C) -> (B, T, C) and the values (B, S, K, D), excluding cached values.
 
@@ -129,7 +144,8 @@ class Attention(nn.Module):
         query can attend to a key. `causal`: position t attends to the cached positions and to positions up to t. In a block with
         an attention window, a query attends only to keys less than `window` positions away. `added_values` (B, S, K, D) are added
         to the values. `first_values` (B, S, K, D) are interpolated with the values. `n_last`: return only the last `n_last`
-        positions. `keys_values`: the result of `project_keys_values`, which replaces `kv_source`.
+        positions. `keys_values`: the result of `project_keys_values`, which replaces `kv_source`. `segment_starts`: see
+        `ForwardContext`.
 
         The cache and `keys_values` can have N rows of keys and values that are each shared by G rows of `x` (B, 1, C). Then `mask`
         is (N, 1, G, S).
@@ -143,6 +159,9 @@ class Attention(nn.Module):
             v = v + added_values.to(v.dtype)
         if self.value_share is not None and first_values is not None:
             v = torch.lerp(first_values.to(v.dtype), v, self.value_share.to(v.dtype))
+        shifts = self.shifted_heads > 0 and kv_source is None and keys_values is None
+        if shifts and cache is None:
+            k = shift_keys(k.transpose(1, 2), self.shifted_heads, segment_starts).transpose(1, 2)
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
         values = v
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, K, S, D), (B, K, S, D)
@@ -150,6 +169,7 @@ class Attention(nn.Module):
             return self._project_output(block_masked_attention(q, k, v, mask)), values
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # S now includes the cached positions
+            k = shift_keys(k, self.shifted_heads) if shifts else k
         rows, groups = q.shape[0], k.shape[0]  # `len` would make the batch size constant in an exported graph
         if groups != rows:
             assert mask is not None
@@ -369,6 +389,7 @@ class Block(nn.Module):
             added_values=added_values,
             first_values=first_values,
             n_last=n_last,
+            segment_starts=context.segment_starts,
         )
         if n_last is not None:
             x = x[:, -n_last:]

@@ -27,6 +27,7 @@ SUPPORTS: Supports = {
             "attention_softcap",
             "embedding_scale",
             "qk_norm_joint",
+            "shifted_key_heads",
             "rope_scaling",
             "rope_fraction",
             "rope_theta_local",

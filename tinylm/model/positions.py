@@ -70,11 +70,15 @@ def sinusoidal_table(length: int, width: int, *, interleaved: bool = True) -> Te
     return torch.stack((angles.sin(), angles.cos()), dim=-1 if interleaved else 1).flatten(1).float()
 
 
+def segment_starts(segments: Tensor) -> Tensor:
+    """Return where segments begin: [5, 5, 5, 6, 6] -> [True, False, False, True, False]. (B, T) -> (B, T)."""
+    return torch.nn.functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+
+
 def positions_in_segments(segments: Tensor) -> Tensor:
     """Return positions that restart at 0 in each segment: [5, 5, 5, 6, 6] -> [0, 1, 2, 0, 1]. (B, T) -> (B, T)."""
     index = torch.arange(segments.shape[1], device=segments.device)
-    is_start = torch.nn.functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
-    starts = index * is_start
+    starts = index * segment_starts(segments)
     if torch.compiler.is_exporting():  # ONNX has no running maximum
         return index - torch.where(index[:, None] >= index, starts[:, None], 0).amax(dim=2)
     return index - starts.cummax(dim=1).values

@@ -42,7 +42,7 @@ _MODEL = [
     *((name, _ADDRESS) for name in ("layers", "matrices", "embedding", "position_table", "cosines", "sines")),
     *((name, _ADDRESS) for name in ("ngram_table", "ngram_orders")),
     *((name, _ADDRESS) for name in ("embedding_gain", "embedding_bias", "final_gain", "final_bias")),
-    *((name, _COUNT) for name in ("layer_count", "width", "heads", "kv_heads", "head_width", "activation")),
+    *((name, _COUNT) for name in ("layer_count", "width", "heads", "kv_heads", "shifted_heads", "head_width", "activation")),
     *((name, _COUNT) for name in ("layer_norm", "embedding_norm", "ngram_rows", "ngram_width", "ngram_order_count", "pad_id")),
     ("norm_eps", np.float32),
     ("qk_norm_eps", np.float32),  # negative: queries and keys are not normalized

@@ -25,7 +25,7 @@ from tinylm.model.hooks import HookPoint, has_functions
 from tinylm.model.initialization import initialize
 from tinylm.model.layers import Attention, Block, Blocks, FeedForward, ForwardContext, Memory, Rotation, make_norm
 from tinylm.model.ngrams import NgramEmbedding
-from tinylm.model.positions import positions_in_segments, rope_table, segment_mask, sinusoidal_table
+from tinylm.model.positions import positions_in_segments, rope_table, segment_mask, segment_starts, sinusoidal_table
 from tinylm.recipe.schema import DecoderSection, ModelVariant, TransformerSection
 
 NGRAM_LR_MULTIPLIER = 6.0
@@ -185,6 +185,7 @@ class Transformer(Model):
             mask,
             self.causal,
             memory,
+            segment_starts(segments) if segments is not None and self.model.shifted_key_heads else None,
         )
         x = self.blocks(x, context, n_last=n_last, recompute=self.recompute)
         if cache is not None:

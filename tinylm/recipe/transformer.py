@@ -145,6 +145,10 @@ class TransformerSection(ModelVariant):
     separately."""
     qk_gain: Flag = True
     """Multiply the output of `qk_norm` by a learned gain."""
+    shifted_key_heads: CountOrZero = 0
+    """Number of key heads in each block that use the key of the previous position, so that attention to a position depends on the
+    token before it. A single block can then continue a sequence that occurred before, for which two blocks are otherwise needed
+    (Olsson et al. 2022)."""
     embedding_norm: Flag
     """Normalize the token embedding before the first block."""
     embedding_scale: Positive = 1.0
@@ -249,6 +253,8 @@ class TransformerSection(ModelVariant):
             yield "parallel_residual", f"cannot be combined with norm_position: {self.norm_position}"
         if self.qk_norm_joint and not self.qk_norm:
             yield "qk_norm_joint", "needs qk_norm"
+        if self.shifted_key_heads > self.kv_heads:
+            yield "shifted_key_heads", f"must be at most {self.kv_heads}, the number of key/value heads"
         if self.attention_window is None and self.attention_pattern != ("local",):
             yield "attention_pattern", "needs attention_window"
         if self.freeze_embeddings and self.init_embeddings is None:
