@@ -148,6 +148,15 @@ def test_aligned_files_must_have_the_same_number_of_lines(tmp_path: Path) -> Non
         read_pairs(section, part, CollectingReporter())
 
 
+def test_whitespace_is_the_same_as_in_a_sentence_to_translate(tmp_path: Path) -> None:
+    (tmp_path / "a.de").write_bytes(b"eins\r\nzwei\r\n")
+    (tmp_path / "a.en").write_bytes(b"one\r\ntwo\r\n")
+    part = AlignedFiles(source=str(tmp_path / "a.de"), target=str(tmp_path / "a.en"))
+    assert _texts(read_pairs(PairsSection(train=part), part, CollectingReporter())) == [("eins", "one"), ("zwei", "two")]
+    records = [{"source": "  guten   Tag\n", "target": "good\tday\nto you "}]
+    assert _texts(_read(write_jsonl(tmp_path / "a.jsonl", records))[0]) == [("guten Tag", "good day to you")]
+
+
 def test_pairs_with_an_empty_side_or_extreme_length_ratio_are_skipped_and_counted(tmp_path: Path) -> None:
     records = [
         {"source": "guten Tag", "target": "hello"},

@@ -7,7 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from tinylm.errors import InputError, did_you_mean
@@ -73,7 +73,9 @@ class PairRecordFormat(RecordFormat):
 
 
 def read_pairs(section: PairsSection, part: AlignedFiles | PairSources, reporter: Reporter) -> list[SentencePair]:
-    """Read the pairs of a part in order. Pairs with an empty side or with very different lengths are skipped and reported.
+    """Read the pairs of a part in order, with each run of whitespace replaced with one space, as in `Translator`.
+
+    Pairs with an empty side or with very different lengths are skipped and reported.
 
     Raises `InputError` if a source cannot be read, if aligned files have different numbers of lines, or if no pairs remain.
     """
@@ -83,6 +85,7 @@ def read_pairs(section: PairsSection, part: AlignedFiles | PairSources, reporter
     kept, total = [], 0
     for pair in found:
         total += 1
+        pair = replace(pair, source=" ".join(pair.source.split()), target=" ".join(pair.target.split()))
         reason = _reason_to_skip(pair, section.max_length_ratio)
         if reason is None:
             kept.append(pair)
@@ -163,7 +166,7 @@ def _lines(path: str, errors: str) -> list[str]:
 
 
 def _reason_to_skip(pair: SentencePair, max_ratio: float) -> str | None:
-    lengths = sorted((len(pair.source.strip()), len(pair.target.strip())))
+    lengths = sorted((len(pair.source), len(pair.target)))
     if not lengths[0]:
         return "an empty side"
     if lengths[1] > _SHORT_SIDE and lengths[1] > max_ratio * lengths[0]:
