@@ -146,6 +146,17 @@ def test_aligned_files_must_have_the_same_number_of_lines(tmp_path: Path) -> Non
     (tmp_path / "a.en").write_text("one\ntwo\nthree\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"a\.de has 2 lines and .*a\.en has 3"):
         read_pairs(section, part, CollectingReporter())
+        ("_Open...", "Ö_ffnen...", ("Open...", "Öffnen...")),
+        ("&Save As...", "Speichern &unter …", ("Save As...", "Speichern unter …")),
+        ("Save _as...", "_Speichern unter...", ("Save as...", "Speichern unter...")),
+        ("Cut (_X)...", "切り取り(_X)...", ("Cut...", "切り取り...")),
+        ("_Replace/Insert", "Ersetzen/_Einfügen", ("Replace/Insert", "Ersetzen/Einfügen")),
+        ("<b>_Bold</b>", "<b>_Fett</b>", ("<b>Bold</b>", "<b>Fett</b>")),
+        ('<a href="a_b">more</a>', '<a href="a_b">mehr</a>', ('<a href="a_b">more</a>', '<a href="a_b">mehr</a>')),
+        ("file_name.txt...", "file_name.txt...", ("file_name.txt...", "file_name.txt...")),
+        ("a/b_c", "a/b_c", ("a/b_c", "a/b_c")),
+        ("in src/_core", "in src/_core", ("in src/_core", "in src/_core")),
+        ("?a=1&b=2", "?a=1&b=2", ("?a=1&b=2", "?a=1&b=2")),
 
 
 def test_whitespace_is_the_same_as_in_a_sentence_to_translate(tmp_path: Path) -> None:

@@ -11,6 +11,9 @@ _PLACEHOLDERS = re.compile(
     r"%%|%(?:\d+\$)?(?:\(\w+\))?[-+#0]*(?:\d+|\*)?(?:\.(?:\d+|\*))?(?:hh|h|ll|l|L|q|j|z|t)?[diouxXeEfFgGcrsaA]"
     r"|%\d+|\$\{\w+\}|\$\w+|\{\w*\}|@\w+@"
 )
+_PUNCTUATION = ".…:,;!?)\"'”»"
+"""What can follow a word without making it code, as in `_Open...`."""
+_TAG = re.compile(r"</?\w[^<>]*>")
 _POSITION = re.compile(r"^%\d+\$")
 
 
@@ -26,19 +29,19 @@ def clean_message(source: str, target: str) -> tuple[str, str]:
 
 
 def _has_accelerator(text: str, marker: str) -> bool:
-    """Whether the marker occurs once, before a letter or digit, and not inside an identifier, path or character reference."""
-    if text.count(marker) != 1:
+    """Whether the marker occurs once, before a letter or digit, and not inside a tag, identifier, path or character reference."""
+    word = next((word for word in _TAG.sub(" ", text).split() if marker in word), None)
+    if text.count(marker) != 1 or word is None or (marker == "&" and re.search(r"&#?\w+;", word)):
         return False
-    index = text.index(marker)
-    following = text[index + 1 : index + 2]
-    word = next(word for word in text.split() if marker in word)
-    if marker == "&" and re.search(r"&#?\w+;", word):
+    word = word.rstrip(_PUNCTUATION)
+    before, _, after = word.partition(marker)
+    if not after[:1].isalnum() or any(character in word for character in ".\\=%$<>"):
         return False
-    if marker == "~" and following == "/":
-        return False
-    inside = re.search(rf"\w{re.escape(marker)}", word) is not None
-    looks_like_code = any(character in word for character in "./\\=%$<>") or (inside and (word.isupper() or word.islower()))
-    return following.isalnum() and not looks_like_code
+    if "/" in word:
+        # `_Open/Close` and `Open/_Close` have an accelerator, but `a/b_c`, `/_cache` and `src/_core` are paths.
+        parts = word.split("/")
+        return all(parts) and (not before or (before.endswith("/") and after[:1].isupper()))
+    return not (before[-1:].isalnum() and (word.isupper() or word.islower()))
 
 
 def _without_accelerator(text: str, marker: str) -> str:
