@@ -95,6 +95,27 @@ def test_a_compiled_catalog_has_the_same_messages(po_file: Path, tmp_path: Path)
 
 
 def test_languages_can_be_used_as_field_names(po_file: Path) -> None:
+def test_an_invalid_plural_rule_is_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "program.po"
+    path.write_text(PO.replace("(n != 1)", "n/0"), encoding="utf-8")
+    assert _texts(_read(path)[0])[2:4] == [("one file", "eine Datei"), ("%d files", "%d Dateien")]
+
+
+def test_catalogs_are_read_from_folders_globs_and_compressed_files(po_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "po"
+    folder.mkdir()
+    (folder / "editor.po.gz").write_bytes(gzip.compress(po_file.read_bytes()))
+    (folder / "viewer.po").write_text(PO, encoding="utf-8")
+    write_jsonl(folder / "more.jsonl", [{"source": "yes", "target": "ja"}])
+    for source in (folder, folder / "*.po*"):
+        pairs, _ = _read(source)
+        assert {pair.document for pair in pairs} - {"more.jsonl#0"} == {"editor", "viewer"}
+        assert _texts(pairs)[:5] == _texts(_read(po_file)[0])
+    assert ("yes", "ja") in _texts(_read(folder)[0])
+    (folder / "LINGUAS").write_text("de\n", encoding="utf-8")
+    assert _texts(_read(folder)[0])[-1] == ("yes", "ja")
+
+
     pairs, _ = _read(po_file, source="de", target="en")
     assert ("Datei", "File") in _texts(pairs)
     with pytest.raises(InputError, match=r"no field 'fr' \(fields: source, target, document, language, en, de\)"):

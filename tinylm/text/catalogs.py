@@ -150,23 +150,24 @@ def _texts(entry: Any, plural_forms: str) -> Sequence[tuple[str, str]]:
     forms = {int(number): text for number, text in entry.msgstr_plural.items()}
     if not forms:
         return [(entry.msgid, "")]
-    choose = _plural_rule(plural_forms)
-    several = forms.get(choose(_SEVERAL), forms[max(forms)])
+    one, several = _form_indexes(plural_forms)
+    plural = forms.get(several, forms[max(forms)])
     if len(forms) == 1:  # the language does not distinguish singular and plural
-        return [(entry.msgid_plural, several)]
-    return [(entry.msgid, forms.get(choose(_ONE), forms[min(forms)])), (entry.msgid_plural, several)]
+        return [(entry.msgid_plural, plural)]
+    return [(entry.msgid, forms.get(one, forms[min(forms)])), (entry.msgid_plural, plural)]
 
 
-def _plural_rule(header: str) -> Any:
-    """Return the function that maps a number to the index of its plural form.
+def _form_indexes(header: str) -> tuple[int, int]:
+    """Return the indexes of the plural forms for the numbers 1 and 5. If the rule is not valid, the first is 0 and the second 1.
 
     `header` is the Plural-Forms header of the catalog, for example `nplurals=2; plural=(n != 1);`.
     """
     _, _, expression = header.partition("plural=")
     try:
-        return gettext.c2py(expression.split(";")[0].strip() or "n != 1")
-    except (ValueError, RecursionError):
-        return lambda number: int(number != 1)
+        rule = gettext.c2py(expression.split(";")[0].strip() or "n != 1")
+        return rule(_ONE), rule(_SEVERAL)
+    except (ValueError, RecursionError, ArithmeticError):
+        return 0, 1
 
 
 def _open(path: str) -> Any:
