@@ -214,6 +214,14 @@ def test_a_plain_text_file_is_rejected(tmp_path: Path) -> None:
 def test_a_split_keeps_documents_together() -> None:
     pairs = [SentencePair(f"s{i}", f"t{i}", f"d{i // 7}") for i in range(140)]
     parts = split(pairs, {"heldout": (0.1, "document"), "test": (0.1, "document")})
+def test_every_pair_must_have_a_target_language_if_there_is_a_language_field(tmp_path: Path) -> None:
+    records = [{"source": "ja", "target": "yes", "lang": "en"}, {"source": "ja", "target": "oui", "lang": ""}]
+    with pytest.raises(InputError, match=r"a\.jsonl:2: field 'lang' is empty, but it must be the target language"):
+        _read(write_jsonl(tmp_path / "a.jsonl", records), language="lang")
+    with pytest.raises(InputError, match="toy:reverse: aligned files and generated pairs have no target language"):
+        _read("toy:reverse", language="lang")
+
+
     documents = {part: {pair.document for pair in members} for part, members in parts.items()}
     assert sum(map(len, parts.values())) == 140
     assert not documents["train"] & documents["heldout"]

@@ -69,6 +69,8 @@ class PairRecordFormat(RecordFormat):
         named = record.get(document)
         values.append("" if named is None else str(named))
         values.append("" if language is None else self._value(record, language, where))
+        if language is not None and not values[-1]:
+            raise InputError(f"field {language!r} is empty, but it must be the target language", where=where)
         return json.dumps(values)
 
 
@@ -92,6 +94,9 @@ def read_pairs(section: PairsSection, part: AlignedFiles | PairSources, reporter
         else:
             skipped[reason] += 1
     _report(part, counts, skipped, total, reporter)
+    if section.language is not None and not all(pair.language for pair in kept):
+        hint = "use records with a language field, or remove data.language"
+        raise InputError("aligned files and generated pairs have no target language", where=_describe(part), hint=hint)
     if not kept:
         raise InputError("there are no sentence pairs", where=_describe(part))
     return kept
