@@ -142,6 +142,11 @@ def test_source_and_target_can_have_separate_vocabularies(tmp_path: Path) -> Non
     assert evaluate_translator(run, options=TranslationEvaluationOptions(max_pairs=5)).pairs == 5
 
 
+def test_the_size_of_the_source_vocabulary_cannot_be_set_to_another_number(pairs_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"objective\.source_vocab_size: must be \d+, .* not 500 \(remove it: training sets it\)"):
+        train(_recipe(pairs_file, "objective.source_vocab_size=500"), tmp_path / "run", device="cpu")
+
+
 def test_an_export_for_transformers_can_be_imported_again(marian_run: Run, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     result = export(marian_run, "hf", tmp_path / "hf")

@@ -71,10 +71,17 @@ class PreparedPairs(PreparedData):
         return (*shards, *(name for part in parts for name in (pairs_file(part), checksum_file(part))), *own)
 
     def fill_in(self, recipe: Recipe) -> Recipe:
-        """Fill in `objective.source_vocab_size` if the source side has a separate vocabulary."""
+        """Fill in `objective.source_vocab_size` if the source side has a separate vocabulary.
+
+        Raises `InputError` if the recipe sets it to another size.
+        """
+        given, actual = getattr(recipe.objective, "source_vocab_size", None), self.source_tokenizer.vocab_size
+        if given not in (None, actual):
+            problem = f"must be {actual:,}, the size of the source vocabulary, not {given:,}"
+            raise InputError(problem, where="objective.source_vocab_size", hint="remove it: training sets it")
         if self.source_tokenizer is self.tokenizer:
             return recipe
-        objective = recipe.objective.model_copy(update={"source_vocab_size": self.source_tokenizer.vocab_size})
+        objective = recipe.objective.model_copy(update={"source_vocab_size": actual})
         return recipe.model_copy(update={"objective": objective})
 
     def framing(self, context_length: int) -> PairFraming:
