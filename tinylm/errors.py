@@ -56,9 +56,10 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
-    """Return a hint that suggests the known word most similar to `word`, or None if no word is similar."""
-    similar = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"did you mean {similar[0]}?" if similar else None
+    """Return a hint that suggests the known word most similar to `word`, ignoring case, or None if no word is similar."""
+    by_lower_case = {name.lower(): name for name in known}
+    similar = difflib.get_close_matches(word.lower(), by_lower_case, n=1, cutoff=0.6)
+    return f"did you mean {by_lower_case[similar[0]]}?" if similar else None
 
 
 def missing_extra(extra: str, purpose: str, *, where: str | None = None) -> InputError:

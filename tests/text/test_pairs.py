@@ -136,6 +136,8 @@ def test_installed_catalogs_are_grouped_by_program(po_file: Path, tmp_path: Path
     with pytest.raises(InputError, match=r"no message catalogs for the language 'fr' .* \(catalogs are installed for de\)"):
         _read("catalog:fr")
 
+    with pytest.raises(InputError, match=r"'DE' are installed \(did you mean de\?\)"):
+        _read("catalog:DE")
 
 @pytest.mark.parametrize(
     ("source", "target", "expected"),

@@ -25,6 +25,8 @@ _ONE, _SEVERAL = 1, 5
 """The English singular is paired with the translation for the first number, and the plural with the one for the second."""
 
 
+_LISTED_LANGUAGES = 20
+"""Maximum number of languages in an error message."""
 @dataclass
 class CatalogCounts:
     """What was read from catalogs, and which messages were skipped."""
@@ -58,7 +60,8 @@ def installed_messages(language: str, counts: CatalogCounts) -> Iterator[Message
     catalogs = find_catalogs(language)
     if not catalogs:
         available = installed_languages()
-        installed = f"catalogs are installed for {', '.join(available)}"
+        listed, more = ", ".join(available[:_LISTED_LANGUAGES]), len(available) - _LISTED_LANGUAGES
+        installed = f"catalogs are installed for {listed}" + (f" and {more} more" if more > 0 else "")
         hint = did_you_mean(language, available) or (installed if available else "install a language pack, or use .po files")
         raise InputError(f"no message catalogs for the language {language!r} are installed", where=f"catalog:{language}", hint=hint)
     for name, path in catalogs:
