@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,6 @@ def test_a_compiled_catalog_has_the_same_messages(po_file: Path, tmp_path: Path)
     assert sorted(_texts(_read(tmp_path / "program.mo")[0])) == sorted(_texts(_read(po_file)[0]))
 
 
-def test_languages_can_be_used_as_field_names(po_file: Path) -> None:
 def test_an_invalid_plural_rule_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "program.po"
     path.write_text(PO.replace("(n != 1)", "n/0"), encoding="utf-8")
@@ -116,6 +116,7 @@ def test_catalogs_are_read_from_folders_globs_and_compressed_files(po_file: Path
     assert _texts(_read(folder)[0])[-1] == ("yes", "ja")
 
 
+def test_languages_can_be_used_as_field_names(po_file: Path) -> None:
     pairs, _ = _read(po_file, source="de", target="en")
     assert ("Datei", "File") in _texts(pairs)
     with pytest.raises(InputError, match=r"no field 'fr' \(fields: source, target, document, language, en, de\)"):
@@ -135,9 +136,9 @@ def test_installed_catalogs_are_grouped_by_program(po_file: Path, tmp_path: Path
     assert any("skipped 1 unreadable catalogs" in warning for warning in reporter.warnings)
     with pytest.raises(InputError, match=r"no message catalogs for the language 'fr' .* \(catalogs are installed for de\)"):
         _read("catalog:fr")
-
     with pytest.raises(InputError, match=r"'DE' are installed \(did you mean de\?\)"):
         _read("catalog:DE")
+
 
 @pytest.mark.parametrize(
     ("source", "target", "expected"),
@@ -145,6 +146,17 @@ def test_installed_catalogs_are_grouped_by_program(po_file: Path, tmp_path: Path
         ("E_xit", "_Beenden", ("Exit", "Beenden")),
         ("&Save", "&Speichern", ("Save", "Speichern")),
         ("_Open", "開く(_O)", ("Open", "開く")),
+        ("_Open...", "Ö_ffnen...", ("Open...", "Öffnen...")),
+        ("&Save As...", "Speichern &unter …", ("Save As...", "Speichern unter …")),
+        ("Save _as...", "_Speichern unter...", ("Save as...", "Speichern unter...")),
+        ("Cut (_X)...", "切り取り(_X)...", ("Cut...", "切り取り...")),
+        ("_Replace/Insert", "Ersetzen/_Einfügen", ("Replace/Insert", "Ersetzen/Einfügen")),
+        ("<b>_Bold</b>", "<b>_Fett</b>", ("<b>Bold</b>", "<b>Fett</b>")),
+        ('<a href="a_b">more</a>', '<a href="a_b">mehr</a>', ('<a href="a_b">more</a>', '<a href="a_b">mehr</a>')),
+        ("file_name.txt...", "file_name.txt...", ("file_name.txt...", "file_name.txt...")),
+        ("a/b_c", "a/b_c", ("a/b_c", "a/b_c")),
+        ("in src/_core", "in src/_core", ("in src/_core", "in src/_core")),
+        ("?a=1&b=2", "?a=1&b=2", ("?a=1&b=2", "?a=1&b=2")),
         ("a &amp; b", "a &amp; b", ("a &amp; b", "a &amp; b")),
         ("set use_ssl", "setze use_ssl", ("set use_ssl", "setze use_ssl")),
         ("in ~/.config", "in ~/.config", ("in ~/.config", "in ~/.config")),
@@ -169,17 +181,6 @@ def test_aligned_files_must_have_the_same_number_of_lines(tmp_path: Path) -> Non
     (tmp_path / "a.en").write_text("one\ntwo\nthree\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"a\.de has 2 lines and .*a\.en has 3"):
         read_pairs(section, part, CollectingReporter())
-        ("_Open...", "Ö_ffnen...", ("Open...", "Öffnen...")),
-        ("&Save As...", "Speichern &unter …", ("Save As...", "Speichern unter …")),
-        ("Save _as...", "_Speichern unter...", ("Save as...", "Speichern unter...")),
-        ("Cut (_X)...", "切り取り(_X)...", ("Cut...", "切り取り...")),
-        ("_Replace/Insert", "Ersetzen/_Einfügen", ("Replace/Insert", "Ersetzen/Einfügen")),
-        ("<b>_Bold</b>", "<b>_Fett</b>", ("<b>Bold</b>", "<b>Fett</b>")),
-        ('<a href="a_b">more</a>', '<a href="a_b">mehr</a>', ('<a href="a_b">more</a>', '<a href="a_b">mehr</a>')),
-        ("file_name.txt...", "file_name.txt...", ("file_name.txt...", "file_name.txt...")),
-        ("a/b_c", "a/b_c", ("a/b_c", "a/b_c")),
-        ("in src/_core", "in src/_core", ("in src/_core", "in src/_core")),
-        ("?a=1&b=2", "?a=1&b=2", ("?a=1&b=2", "?a=1&b=2")),
 
 
 def test_whitespace_is_the_same_as_in_a_sentence_to_translate(tmp_path: Path) -> None:
@@ -189,6 +190,12 @@ def test_whitespace_is_the_same_as_in_a_sentence_to_translate(tmp_path: Path) ->
     assert _texts(read_pairs(PairsSection(train=part), part, CollectingReporter())) == [("eins", "one"), ("zwei", "two")]
     records = [{"source": "  guten   Tag\n", "target": "good\tday\nto you "}]
     assert _texts(_read(write_jsonl(tmp_path / "a.jsonl", records))[0]) == [("guten Tag", "good day to you")]
+
+
+def test_a_folder_is_not_an_aligned_file(tmp_path: Path) -> None:
+    part = AlignedFiles(source=str(tmp_path), target=str(tmp_path))
+    with pytest.raises(InputError, match="is a folder, not a file"):
+        read_pairs(PairsSection(train=part), part, CollectingReporter())
 
 
 def test_pairs_with_an_empty_side_or_extreme_length_ratio_are_skipped_and_counted(tmp_path: Path) -> None:
@@ -207,6 +214,14 @@ def test_pairs_are_read_from_the_chosen_columns_of_a_table(tmp_path: Path) -> No
     assert _texts(_read(tmp_path / "a.tsv", source="de", target="en")[0]) == [("ja", "yes")]
 
 
+def test_every_pair_must_have_a_target_language_if_there_is_a_language_field(tmp_path: Path) -> None:
+    records = [{"source": "ja", "target": "yes", "lang": "en"}, {"source": "ja", "target": "oui", "lang": ""}]
+    with pytest.raises(InputError, match=r"a\.jsonl:2: field 'lang' is empty, but it must be the target language"):
+        _read(write_jsonl(tmp_path / "a.jsonl", records), language="lang")
+    with pytest.raises(InputError, match="toy:reverse: aligned files and generated pairs have no target language"):
+        _read("toy:reverse", language="lang")
+
+
 def test_a_plain_text_file_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("just text\n", encoding="utf-8")
     with pytest.raises(InputError, match="has no sentence pairs"):
@@ -216,14 +231,6 @@ def test_a_plain_text_file_is_rejected(tmp_path: Path) -> None:
 def test_a_split_keeps_documents_together() -> None:
     pairs = [SentencePair(f"s{i}", f"t{i}", f"d{i // 7}") for i in range(140)]
     parts = split(pairs, {"heldout": (0.1, "document"), "test": (0.1, "document")})
-def test_every_pair_must_have_a_target_language_if_there_is_a_language_field(tmp_path: Path) -> None:
-    records = [{"source": "ja", "target": "yes", "lang": "en"}, {"source": "ja", "target": "oui", "lang": ""}]
-    with pytest.raises(InputError, match=r"a\.jsonl:2: field 'lang' is empty, but it must be the target language"):
-        _read(write_jsonl(tmp_path / "a.jsonl", records), language="lang")
-    with pytest.raises(InputError, match="toy:reverse: aligned files and generated pairs have no target language"):
-        _read("toy:reverse", language="lang")
-
-
     documents = {part: {pair.document for pair in members} for part, members in parts.items()}
     assert sum(map(len, parts.values())) == 140
     assert not documents["train"] & documents["heldout"]

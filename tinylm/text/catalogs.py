@@ -7,26 +7,30 @@ from __future__ import annotations
 
 import gettext
 import os
+import re
 import struct
 import sys
 import sysconfig
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from tinylm.errors import InputError, did_you_mean, missing_extra
+from tinylm.text.files import TextFile, open_bytes, read_lines
 from tinylm.text.messages import clean_message, placeholders
 
 SUFFIXES = (".po", ".mo")
 _LANGPACKS = "/usr/share/locale-langpack"
 _MESSAGES = "LC_MESSAGES"
+_LISTED_LANGUAGES = 20
+"""Maximum number of languages in an error message."""
 _ONE, _SEVERAL = 1, 5
 """The English singular is paired with the translation for the first number, and the plural with the one for the second."""
 
 
-_LISTED_LANGUAGES = 20
-"""Maximum number of languages in an error message."""
 @dataclass
 class CatalogCounts:
     """What was read from catalogs, and which messages were skipped."""
@@ -113,14 +117,14 @@ def _package_folders() -> list[str]:
 
 
 def read_catalog(path: str, counts: CatalogCounts, *, catalog: str | None = None, language: str | None = None) -> Iterator[Message]:
-    """Yield the cleaned messages of a .po or .mo file. If `language` is None, the language is read from the file header.
+    """Yield the cleaned messages of a .po or .mo file, which may be compressed.
 
-    Fuzzy, obsolete, empty and untranslated messages are skipped, and so are translations with different placeholders. Message
-    contexts are dropped. If a message has plural forms, its singular is paired with the form for 1 and its plural with the form
-    for 5.
+    If `language` is None, the language is read from the file header. Fuzzy, obsolete, empty and untranslated messages are
+    skipped, and so are translations with different placeholders. Message contexts are dropped. If a message has plural forms,
+    its singular is paired with the form for 1 and its plural with the form for 5.
     """
     opened = _open(path)
-    name = catalog or os.path.splitext(os.path.basename(path))[0]
+    name = catalog or re.sub(r"\.[pm]o(\.\w+)?$", "", os.path.basename(path), flags=re.IGNORECASE)
     language = language or opened.metadata.get("Language", "")
     counts.catalogs += 1
     for entry in opened:
@@ -178,8 +182,22 @@ def _open(path: str) -> Any:
         import polib
     except ImportError:
         raise missing_extra("translate", "reading message catalogs") from None
+    file = TextFile.at(path, path)
     try:
-        return polib.mofile(path) if path.lower().endswith(".mo") else polib.pofile(path)
+        with _decompressed(file) as plain:
+            return polib.mofile(plain) if file.suffix == ".mo" else polib.pofile(plain)
     except (OSError, ValueError, LookupError, struct.error, MemoryError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"not a readable message catalog: {reason}", where=path) from None
+
+
+@contextmanager
+def _decompressed(file: TextFile) -> Iterator[str]:
+    """Yield the path of a file, or of a temporary decompressed copy, because `polib` reads only plain files."""
+    if file.compression is None:
+        yield file.path
+        return
+    with tempfile.NamedTemporaryFile() as copy, open_bytes(file) as stream:
+        copy.writelines(read_lines(file.name, stream))
+        copy.flush()
+        yield copy.name

@@ -17,7 +17,7 @@ from tinylm.text import catalogs, toy_pairs
 from tinylm.text.catalogs import CatalogCounts
 from tinylm.text.files import TextFile, format_suffix, open_bytes, read_text, refuse_binary
 from tinylm.text.records import RECORD_SUFFIXES, RecordFormat
-from tinylm.text.sources import Corpus
+from tinylm.text.sources import Corpus, files_of
 
 _HINT = "choose other fields with data.source and data.target"
 _SHORT_SIDE = 20
@@ -111,12 +111,19 @@ def _pairs(section: PairsSection, sources: Sequence[str], counts: CatalogCounts)
             yield from _from_messages(messages, record_format, source)
         elif source.startswith(TOY):
             yield from _toy_pairs(source)
-        elif format_suffix(source) in catalogs.SUFFIXES:
-            if not os.path.exists(os.path.expanduser(source)):
-                raise InputError("no such file", where=source)
-            yield from _from_messages(catalogs.read_catalog(os.path.expanduser(source), counts), record_format, source)
         else:
-            yield from _from_records(source, section.errors, record_format)
+            files = [] if "://" in source else files_of(source)
+            found = [file for file in files if format_suffix(file) in catalogs.SUFFIXES]
+            for file in found:
+                yield from _from_messages(catalogs.read_catalog(file, counts), record_format, file)
+            if found and os.path.isdir(os.path.expanduser(source)):  # such a folder often contains scripts and lists of catalogs
+                others = [file for file in files if format_suffix(file) in RECORD_SUFFIXES]
+            elif found:
+                others = [file for file in files if file not in found]
+            else:
+                others = [source]
+            if others:
+                yield from _from_records(others, section.errors, record_format)
 
 
 def _from_messages(messages: Iterable[catalogs.Message], record_format: PairRecordFormat, where: str) -> Iterator[SentencePair]:
@@ -132,8 +139,8 @@ def _toy_pairs(source: str) -> Iterator[SentencePair]:
         yield _in_block(SentencePair(text, translation, ""), source, number)
 
 
-def _from_records(source: str, errors: str, record_format: PairRecordFormat) -> Iterator[SentencePair]:
-    with Corpus([source], errors=errors, record_format=record_format, allow_unused_format=True) as corpus:
+def _from_records(sources: Sequence[str], errors: str, record_format: PairRecordFormat) -> Iterator[SentencePair]:
+    with Corpus(sources, errors=errors, record_format=record_format, allow_unused_format=True) as corpus:
         for number, (name, is_record, document) in enumerate(corpus.documents()):
             if not is_record:
                 suffixes = ", ".join((*RECORD_SUFFIXES, *catalogs.SUFFIXES))
@@ -163,7 +170,8 @@ def _aligned_pairs(part: AlignedFiles, errors: str) -> Iterator[SentencePair]:
 def _lines(path: str, errors: str) -> list[str]:
     file = TextFile.at(os.path.expanduser(path), path)
     if not os.path.isfile(file.path):
-        raise InputError("no such file", where=path)
+        problem = "is a folder, not a file" if os.path.isdir(file.path) else "no such file"
+        raise InputError(problem, where=path)
     refuse_binary(file)
     with open_bytes(file) as stream:
         text = "".join(read_text(path, stream, errors))

@@ -150,28 +150,24 @@ class Corpus:
 
     def _open_path(self, source: str) -> Iterator[TextFile]:
         path = os.path.expanduser(source)
+        files = files_of(source)
         if os.path.isdir(path):
             if is_prepared_text(path):
                 hint = "it can only be the single source of data.train in a recipe with format text"
                 raise InputError("is a folder with tokens that `tinylm prepare` wrote, not text", where=source, hint=hint)
-            files = list(_walk(path))
             texts = [file for file in files if format_suffix(file) == ".parquet" or looks_like_text(file)]
             self.skipped += sorted(set(files) - set(texts))
             if not texts:
                 detail = "; it contains only files that are not text" if files else ""
                 raise InputError(f"no text in this folder{detail}", where=source)
-        elif os.path.isfile(path):
-            texts = [path]
-        elif os.path.exists(path):  # a named pipe, which can be read only once
+        elif os.path.exists(path) and not os.path.isfile(path):  # a named pipe, which can be read only once
             with open(path, "rb") as stream:
                 yield self._copy(source, stream)
             return
+        elif not files:
+            raise InputError("no such file or folder", where=source)
         else:
-            found = [file for file in sorted(_glob(path)) if os.path.isfile(file)]
-            # The pattern may match a file more than once through symlinks.
-            texts = list({os.path.realpath(file): file for file in reversed(found)}.values())[::-1]
-            if not texts:
-                raise InputError("no such file or folder", where=source)
+            texts = files
         for path in texts:
             file = TextFile.at(path, name=path)
             refuse_binary(file)
@@ -322,6 +318,18 @@ def _folders(paths: Iterable[str], seen: set[str]) -> Iterator[str]:
         with suppress(PermissionError):
             names = sorted(name for name in os.listdir(path or ".") if not name.startswith("."))
             yield from _folders((os.path.join(path, name) for name in names), seen)
+
+
+def files_of(source: str) -> list[str]:
+    """Return the paths of the files in a SOURCE that is a file, folder or glob. The list is empty if there are none."""
+    path = os.path.expanduser(source)
+    if os.path.isdir(path):
+        return list(_walk(path))
+    if os.path.exists(path):
+        return [path]
+    found = [file for file in sorted(_glob(path)) if os.path.isfile(file)]
+    # The pattern may match a file more than once through symlinks.
+    return list({os.path.realpath(file): file for file in reversed(found)}.values())[::-1]
 
 
 def _walk(folder: str) -> Iterator[str]:
