@@ -76,6 +76,20 @@ def test_an_invalid_table_is_reported_with_the_line_number(tmp_path: Path, conte
     assert expected in error_for(write(tmp_path / "a.csv", content))
 
 
+def test_quotes_in_a_tsv_file_are_text_if_they_do_not_enclose_values(tmp_path: Path) -> None:
+    raw = write(tmp_path / "raw.tsv", 'en\tde\n"Hi" he said\t"Hallo" sagte er\n5" pipe\tein "Rohr\n"x"\ty\n')
+    assert documents(raw, template="{en}|{de}") == ['"Hi" he said|"Hallo" sagte er', '5" pipe|ein "Rohr', '"x"|y']
+    assert documents(write(tmp_path / "raw.tsv.gz", gzip.compress(raw.read_bytes())), field="de")[1] == 'ein "Rohr'
+    assert documents(write(tmp_path / "quoted.tsv", 'en\tde\n"a ""b"""\t"c\td"\n'), template="{en}|{de}") == ['a "b"|c\td']
+    assert "a.tsv:2: 1 values for 2 columns" in error_for(write(tmp_path / "a.tsv", 'en\tde\n"a"\n'), field="en")
+
+
+def test_a_table_without_column_names_is_reported(tmp_path: Path) -> None:
+    message = error_for(write(tmp_path / "a.tsv", "Guten Tag\tGood day\n"))
+    assert "no column 'text' (columns: Guten Tag, Good day)" in message
+    assert "the first line must contain the column names" in message
+
+
 def test_a_template_combines_jsonl_fields(tmp_path: Path) -> None:
     records = [{"n": 3, "ok": True, "a b": "x", "t": "{n}"}, {"n": 0.5, "ok": False, "a b": "", "t": "y"}]
     path = write(tmp_path / "a.jsonl", "".join(json.dumps(record) + "\n" for record in records))

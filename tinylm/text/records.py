@@ -57,13 +57,17 @@ class RecordFormat:
         """The fields that a record must have, without duplicates."""
         return [self.field] if self.template is None else list(dict.fromkeys(name for _, name in self._parts if name is not None))
 
-    def check_columns(self, columns: list[str], where: str) -> None:
-        """Raise `InputError` if a table lacks a required column, or has it more than once."""
+    def check_columns(self, columns: list[str], where: str, *, header: bool = False) -> None:
+        """Raise `InputError` if a table lacks a required column, or has it more than once.
+
+        `header` means that the columns are the values in the first line of a file.
+        """
         for name in self.fields:
             if name not in columns:
                 listed = ", ".join(map(str, columns))
                 similar = did_you_mean(name, columns)
                 hint = f"{similar} {self._hint}" if similar else self._hint
+                hint += "; the first line must contain the column names" if header and not similar else ""
                 raise InputError(f"no column {name!r} (columns: {listed})", where=where, hint=hint)
             if columns.count(name) > 1:
                 raise InputError(f"has {columns.count(name)} columns named {name!r}", where=where, hint="rename one of them")
@@ -102,12 +106,35 @@ def table_rows(file: TextFile, stream: IO[bytes], record_format: RecordFormat) -
     """Yield each row of a CSV or TSV file as (values by column, location). The first line contains the column names.
 
     Values in double quotes may contain delimiters and line breaks (RFC 4180). The delimiter of a .csv file is a semicolon if its
-    first line contains semicolons but no commas. Raises `InputError` with the line number if a row has the wrong number of values.
+    first line contains semicolons but no commas. If a .tsv file does not follow these rules, its quotes have no meaning: each line
+    is a row, and each tab a delimiter. Raises `InputError` with the line number if a row has the wrong number of values.
     """
+    quoted = True
+    if file.suffix == ".tsv" and not _is_table(file, stream, record_format, quoted=True):
+        quoted = not _is_table(file, stream, record_format, quoted=False)  # parallel corpora contain raw quotes
+    yield from _parsed_rows(file, stream, record_format, quoted=quoted)
+
+
+def _is_table(file: TextFile, stream: IO[bytes], record_format: RecordFormat, *, quoted: bool) -> bool:
+    """Whether a table can be read to its end. Rewinds the stream."""
+    try:
+        for _ in _parsed_rows(file, stream, record_format, quoted=quoted):
+            pass
+    except InputError:
+        return False
+    finally:
+        stream.seek(0)
+    return True
+
+
+def _parsed_rows(
+    file: TextFile, stream: IO[bytes], record_format: RecordFormat, *, quoted: bool
+) -> Iterator[tuple[dict[str, str], str]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default rejects documents longer than 128 KiB
     lines = _decoded_lines(file.name, stream, record_format.errors)
     first = next(lines, "")
-    reader = csv.reader(_chain(first, lines), delimiter=_delimiter(file.suffix, first), strict=True)
+    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    reader = csv.reader(_chain(first, lines), delimiter=_delimiter(file.suffix, first), quoting=quoting, strict=True)
     columns: list[str] | None = None
     start = 1
     while True:
@@ -119,7 +146,7 @@ def table_rows(file: TextFile, stream: IO[bytes], record_format: RecordFormat) -
             return
         if columns is None:
             columns = [name.strip() for name in row]
-            record_format.check_columns(columns, file.name)
+            record_format.check_columns(columns, file.name, header=True)
         elif len(row) == len(columns):
             yield dict(zip(columns, row, strict=True)), f"{file.name}:{start}"
         elif row:  # not a blank line
