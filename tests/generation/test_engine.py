@@ -12,9 +12,10 @@ from tiny import PRESETS, model
 from tinylm.generation.constraint import Constraint
 from tinylm.generation.engine import Request, Sample, generate, generate_batch, sample_seed
 from tinylm.generation.sampling import SamplingOptions
+from tinylm.generation.search import beam_search
 from tinylm.model.decoder import Decoder
 from tinylm.model.transformer import Transformer
-from tinylm.recipe.schema import ByteTokenizer
+from tinylm.recipe.schema import ByteTokenizer, WordTokenizer
 from tinylm.run import Run
 from tinylm.text.sources import Piece
 from tinylm.tokenizer import Tokenizer, training
@@ -48,6 +49,18 @@ def _generate_without_cache(network: Transformer, tokenizer: Tokenizer, prompt: 
         if len(window) > context_length:
             window = window[-max(1, context_length // 2) :]
     return generated
+
+
+def test_the_space_after_the_prompt_is_kept_by_tokenizers_of_whole_words() -> None:
+    words = training.train(WordTokenizer(kind="word", split="whitespace"), iter([Piece("the cat sat", True)]), print)
+    network = _network(words)
+    sampled = generate(network, words, "the cat", SamplingOptions(max_new_tokens=2, forced=words.encode("sat the")))
+    assert sampled[0].text == " sat the"
+    for prompt in ("", "the cat "):
+        [sample] = generate(network, words, prompt, SamplingOptions(max_new_tokens=1, forced=words.encode("sat")))
+        assert sample.text == "sat"
+    [found] = beam_search(Decoder(network), words, "the", beams=1, max_new_tokens=2)
+    assert found.sample.text.startswith(" ") or not found.sample.text
 
 
 @pytest.mark.parametrize("prompt", ["", "a", "the cat", "exactly sixteen!", "a prompt that is longer than the context"])

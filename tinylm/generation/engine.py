@@ -346,7 +346,7 @@ class SequenceState:
         self._request = request
         self._only_top_k = fast_sampling.supports_run(self.options)
         self._end_ids = {tokenizer.end_of_text, *request.options.stop_ids}
-        self._decoder: StreamDecoder = tokenizer.stream_decoder()
+        self._decoder: StreamDecoder = tokenizer.stream_decoder(keep_first_space=tokenizer.space_precedes(request.prompt, prompt))
         self._stops = StopMatcher(self.options.stop) if self.options.stop else None
         self._streamed = 0  # characters passed to on_text
         self._start_time = time.perf_counter()

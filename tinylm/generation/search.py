@@ -103,7 +103,7 @@ def beam_search(
         RankedSample(
             Sample(
                 prompt,
-                tokenizer.decode(result.beam.ids),
+                tokenizer.decode(result.beam.ids, keep_first_space=tokenizer.space_precedes(prompt, prompt_ids)),
                 result.beam.ids,
                 result.reason,
                 tokens_per_second=len(result.beam.ids) / seconds,

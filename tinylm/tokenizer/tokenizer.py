@@ -228,19 +228,32 @@ class Tokenizer:
                 ids = backend.encode(text.decode("utf-8"), add_special_tokens=False).ids
             yield np.array(ids, dtype=np.uint32), starts_document
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Decode ids to text. Invalid UTF-8 becomes U+FFFD. Raises `InputError` for an id outside the vocabulary."""
+    def decode(self, ids: Iterable[int], *, keep_first_space: bool = False) -> str:
+        """Decode ids to text. Invalid UTF-8 becomes U+FFFD. Raises `InputError` for an id outside the vocabulary.
+
+        `keep_first_space` is for a text that continues another one. See `space_precedes`.
+        """
         table, ids = self.token_bytes, list(ids)
         if ids and not 0 <= min(ids) <= max(ids) < len(table):
             raise InputError(f"ids must be between 0 and {self.vocab_size - 1}")
-        decoder = self.byte_decoder()
+        decoder = self.byte_decoder(keep_first_space=keep_first_space)
         return b"".join(decoder.push(id) for id in ids).decode("utf-8", "replace")
 
-    def byte_decoder(self) -> ByteDecoder:
-        return ByteDecoder(self.token_bytes, self._decoding.space_before)
+    def byte_decoder(self, *, keep_first_space: bool = False) -> ByteDecoder:
+        return ByteDecoder(self.token_bytes, drop_first_space=self._decoding.space_before != "never" and not keep_first_space)
 
-    def stream_decoder(self) -> StreamDecoder:
-        return StreamDecoder(self.byte_decoder())
+    def stream_decoder(self, *, keep_first_space: bool = False) -> StreamDecoder:
+        return StreamDecoder(self.byte_decoder(keep_first_space=keep_first_space))
+
+    def space_precedes(self, prompt: str, ids: Sequence[int]) -> bool:
+        """Whether the first space of a continuation belongs to the text. `ids` are the tokens of the prompt.
+
+        It does not at the start of a document or message, where the last token has no text, or if encoding drops whitespace and the
+        prompt already ends with it.
+        """
+        if not prompt or not ids or not self.token_bytes[ids[-1]]:
+            return False
+        return self._decoding.space_before == "once" or not prompt[-1].isspace()
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
@@ -331,9 +344,9 @@ def _decoder_steps(node: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 class ByteDecoder:
     """Decodes ids one by one to bytes."""
 
-    def __init__(self, token_bytes: Sequence[bytes], space_before: str) -> None:
+    def __init__(self, token_bytes: Sequence[bytes], *, drop_first_space: bool) -> None:
         self._token_bytes = token_bytes
-        self._drop_space = space_before != "never"
+        self._drop_space = drop_first_space
 
     def push(self, id: int) -> bytes:
         raw = self._token_bytes[id]
