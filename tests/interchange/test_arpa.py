@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,50 @@ def test_a_kenlm_file_is_imported_with_its_words_as_tokens(tmp_path: Path) -> No
     assert imported.tokenizer.decode(imported.tokenizer.encode("w1 w2")).split() == ["w1", "w2"]
     scores = evaluate_run(imported, [str(folder / "text.txt")], device="cpu").perplexity
     assert 1 < scores.perplexity < 60
+
+
+def _with_words(path: Path, *lines: str) -> Path:
+    """Write an ARPA file of order 2 with these additional unigrams."""
+    unigrams = ["-1\t<unk>\t0", "0\t<s>\t-0.3", "-1\t</s>\t0", "-0.5\thello\t-0.2", *lines]
+    bigrams = ["-0.1\t<s> hello", "-0.2\thello </s>"]
+    header = f"\\data\\\nngram 1={len(unigrams)}\nngram 2={len(bigrams)}\n"
+    sections = "\n".join(["", "\\1-grams:", *unigrams, "", "\\2-grams:", *bigrams, "", "\\end\\", ""])
+    path.write_text(header + sections, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("logprob", ["-99", "-100", "-inf"])
+def test_a_word_with_probability_zero_has_a_finite_loss_and_can_be_exported(logprob: str, tmp_path: Path) -> None:
+    import_model(_with_words(tmp_path / "a.arpa", f"{logprob}\tnever\t0"), tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    (tmp_path / "text.txt").write_text("hello never", encoding="utf-8")
+    assert np.isfinite(evaluate_run(run, [str(tmp_path / "text.txt")], device="cpu").perplexity.loss)
+    tables, words = arpa.read(tmp_path / "a.arpa")
+    arpa.write(tmp_path / "b.arpa", tables, words, words.index(arpa.END))
+    np.testing.assert_allclose(arpa.read(tmp_path / "b.arpa")[0].probabilities[0], tables.probabilities[0], rtol=1e-5)
+
+
+def test_a_word_that_ends_in_the_end_token_keeps_its_backoff_weight(tmp_path: Path) -> None:
+    tables, words = arpa.read(_with_words(tmp_path / "a.arpa", "-1\tx</s>\t-0.7"))
+    arpa.write(tmp_path / "b.arpa", tables, words, words.index(arpa.END))
+    np.testing.assert_allclose(arpa.read(tmp_path / "b.arpa")[0].backoffs[0], tables.backoffs[0], rtol=1e-5)
+
+
+def test_a_file_with_another_name_or_compression_is_imported(tmp_path: Path) -> None:
+    path = _with_words(tmp_path / "model.lm")
+    (tmp_path / "model.arpa.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert [
+        import_model(file, tmp_path / file.name.replace(".", "-")).vocab_size for file in (path, tmp_path / "model.arpa.gz")
+    ] == [3, 3]
+
+
+def test_numbers_and_words_that_cannot_be_read_are_reported(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a complete ARPA file: a number in line 10 is too large"):
+        arpa.read(_with_words(tmp_path / "a.arpa", "-1\tbig\t400"))
+    path = tmp_path / "latin1.arpa"
+    path.write_bytes(_with_words(tmp_path / "a.arpa", "-1\tcafé").read_text(encoding="utf-8").encode("latin-1"))
+    with pytest.raises(InputError, match="contains a word that is not UTF-8"):
+        arpa.read(path)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,7 @@ from tinylm.model.ngram_model import Ngram
 from tinylm.paths import atomic_file
 from tinylm.recipe.base import ModelVariant
 from tinylm.recipe.fixed_context import NgramSection
+from tinylm.text.files import TextFile, open_bytes, read_lines
 from tinylm.tokenizer import Tokenizer
 from tinylm.tokenizer.tokenizer import END_OF_TEXT
 from tinylm.tokenizer.tokenizer import UNKNOWN as UNKNOWN_TOKEN
@@ -32,7 +34,13 @@ BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
 _LOG_ZERO = -99.0
 """The log10-probability of events that cannot occur, such as predicting `<s>`."""
 _UNKNOWN_LOGPROB = -30.0
-"""The log10-probability of the unknown token if a file does not contain this token."""
+"""The log10-probability of the unknown token if a file does not contain it, and the minimum for all tokens.
+
+The logarithm of a probability that is 0 in float32 would be infinite, and so would the loss of a text with this token.
+"""
+_MAX_LOG = 38.0
+"""The log10 of the largest weight that float32 can hold."""
+_START_BYTES = 4096
 _LN10 = math.log(10)
 
 
@@ -106,19 +114,19 @@ def write(path: Path, tables: NgramTables, words: Sequence[str], end_of_text: in
         file.write("\\data\\\n")
         sizes = [len(probabilities) for probabilities in tables.probabilities]
         file.writelines(f"ngram {k}={size + (k == 1)}\n" for k, size in enumerate(sizes, 1))
-        texts = list(words)
+        texts, last_ids = list(words), np.arange(len(words))
         for k in range(1, tables.order + 1):
             file.write(f"\n\\{k}-grams:\n")
             backoffs = tables.backoffs[k - 1] if k < tables.order else None
             if k == 1:
                 file.write(_line(_LOG_ZERO, BEGIN, None if backoffs is None else backoffs[end_of_text]))
             else:
-                prefixes, tokens = np.divmod(tables.keys[k - 2], tables.vocab_size)
+                prefixes, last_ids = np.divmod(tables.keys[k - 2], tables.vocab_size)
                 before = [BEGIN if k == 2 and prefix == end_of_text else texts[prefix] for prefix in prefixes.tolist()]
-                texts = [f"{prefix} {words[token]}" for prefix, token in zip(before, tokens.tolist(), strict=True)]
+                texts = [f"{prefix} {words[token]}" for prefix, token in zip(before, last_ids.tolist(), strict=True)]
             for index, text in enumerate(texts):
                 # `</s>` ends a text, so it is never a context and has no backoff weight. As a context, the token is `<s>`.
-                backoff = None if backoffs is None or text.endswith(END) else backoffs[index]
+                backoff = None if backoffs is None or last_ids[index] == end_of_text else backoffs[index]
                 file.write(_line(math.log10(tables.probabilities[k - 1][index]), text, backoff))
         file.write("\n\\end\\\n")
 
@@ -128,15 +136,29 @@ def _line(logprob: float, text: str, backoff: float | None) -> str:
     return f"{logprob:.7g}\t{text}{weight}\n"
 
 
+def is_arpa(path: Path) -> bool:
+    """Whether a file, which may be compressed, is an ARPA file: its name ends in .arpa, or it begins with a `\\data\\` line."""
+    file = TextFile.at(str(path), str(path))
+    if not path.is_file() or file.suffix == ".arpa":
+        return path.is_file()
+    with open_bytes(file) as stream, suppress(OSError, EOFError):
+        return b"\\data\\" in (line.strip() for line in stream.read(_START_BYTES).split(b"\n"))
+    return False
+
+
 def read(path: Path, ids: Mapping[str, int] | None = None) -> tuple[NgramTables, list[str]]:
-    """Read an n-gram model. Returns the tables and the word for each id.
+    """Read an n-gram model from a file, which may be compressed. Returns the tables and the word for each id.
 
     `ids` maps each word to its id. By default, words are numbered in file order, and `</s>` has the last id. Raises `InputError`
     if the file is not a complete ARPA file, or if it contains an n-gram without its prefix.
     """
-    with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+    file = TextFile.at(str(path), str(path))
+    with open_bytes(file) as stream:
         try:
-            return _Reader(path, file).tables(ids)
+            return _Reader(path, (line.decode("utf-8") for line in read_lines(file.name, stream))).tables(ids)
+        except UnicodeDecodeError:
+            hint = "convert it, for example with: iconv -f LATIN1 -t UTF-8"
+            raise InputError("contains a word that is not UTF-8", where=str(path), hint=hint) from None
         except (ValueError, IndexError, KeyError) as error:
             raise InputError(f"not a complete ARPA file: {error}", where=str(path)) from None
 
@@ -151,6 +173,10 @@ def word_tokenizer(words: Sequence[str]) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
     return Tokenizer(tokenizers.Tokenizer.from_str(backend.to_str()))
+
+
+def _probability(logprob: float) -> float:
+    return float(10 ** max(logprob, _UNKNOWN_LOGPROB))
 
 
 class _Reader:
@@ -181,12 +207,12 @@ class _Reader:
         ids = {word: id for id, word in enumerate(words)}
         ids[BEGIN] = ids[END]
         vocab_size = len(words)
-        probabilities = [np.array([10 ** known[word][0] for word in words], dtype=np.float32)]
+        probabilities = [np.array([_probability(known[word][0]) for word in words], dtype=np.float32)]
         backoffs = [np.array([10 ** known[BEGIN if word == END else word][1] for word in words], dtype=np.float32)]
         keys: list[np.ndarray] = []
         for k in range(2, len(sizes) + 1):
             entries = [
-                (self._key(keys, [ids[word] for word in words_], vocab_size), 10**logprob, 10**backoff)
+                (self._key(keys, [ids[word] for word in words_], vocab_size), _probability(logprob), 10**backoff)
                 for logprob, words_, backoff in self._section(k)
             ]
             if len(entries) != sizes[k - 1]:
@@ -225,7 +251,10 @@ class _Reader:
             parts = re.split(r"[ \t]+", text.strip(" \t"))
             if len(parts) not in (k + 1, k + 2):
                 raise ValueError(f"line {number} is not a {k}-gram")
-            yield float(parts[0]), parts[1 : k + 1], float(parts[k + 1]) if len(parts) == k + 2 else 0.0
+            logprob, backoff = float(parts[0]), float(parts[k + 1]) if len(parts) == k + 2 else 0.0
+            if max(logprob, backoff) > _MAX_LOG:
+                raise ValueError(f"a number in line {number} is too large")
+            yield logprob, parts[1 : k + 1], backoff
         raise ValueError(f"it ends within the {k}-grams")
 
     def _key(self, keys: list[np.ndarray], gram: list[int], vocab_size: int) -> int:

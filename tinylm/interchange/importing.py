@@ -78,14 +78,14 @@ def import_model(
 ) -> ImportResult:
     """Import a model and create the run folder `folder` for it.
 
-    `source` is a Hugging Face model folder, a nanoGPT ckpt.pt, an ARPA file (.arpa), or `hf:OWNER/NAME` to download a model from
+    `source` is a Hugging Face model folder, a nanoGPT ckpt.pt, an ARPA file, or `hf:OWNER/NAME` to download a model from
     the Hugging Face Hub. `tokenizer` is a tokenizer.json to use instead of the source's own. `context` reduces the context length
     to this many tokens. `trust_pickle` allows reading pickle files, but only tensors and plain values. Raises `InputError` if the
     source is missing, damaged or unsupported. Raises `WorkError` if the logits differ from those of transformers.
     """
     name, folder = str(source), Path(folder)
     check_destination(folder, overwrite)
-    if name.endswith(".arpa"):
+    if arpa.is_arpa(Path(source)):
         return _import_arpa(Path(source), folder, tokenizer, context)
     is_remote = name.startswith(hub.PREFIX)
     source = hub.download(name, trust_pickle=trust_pickle) if is_remote else Path(source)
