@@ -44,6 +44,15 @@ def test_the_server_returns_the_same_translations_as_the_library(client: Any, tr
     assert response.json()["data"][1]["note"] == "empty"
 
 
+def test_the_page_has_a_field_for_the_target_language_if_there_are_several(client: Any) -> None:
+    assert 'id="to"' not in client.get("/").text
+    tokenizer = training.train(ByteTokenizer(kind="byte", special_tokens=("<2de>", "<2fr>")), iter([Piece("text", True)]), print)
+    multilingual = Translator(network(vocab_size=tokenizer.vocab_size), PairFraming(tokenizer, tokenizer, 24))
+    with testclient.TestClient(translation.create_app(multilingual, "tiny")) as other:
+        assert '<select id="to"><option>de</option><option>fr</option></select>' in other.get("/").text
+        assert other.post("/v1/translate", json={"text": "eins", "to": "fr"}).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("body", "status"),
     [

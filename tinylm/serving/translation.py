@@ -125,7 +125,10 @@ class _Service:
     async def home(self, _: Request) -> Response:
         page = resources.files("tinylm.serving").joinpath("translate.html").read_text(encoding="utf-8")
         headers = {"Content-Security-Policy": _CONTENT_SECURITY_POLICY, "X-Content-Type-Options": "nosniff"}
-        return HTMLResponse(page.replace("{{model}}", html.escape(self._name)), headers=headers)
+        options = "".join(f"<option>{html.escape(language)}</option>" for language in self._translator.framing.languages)
+        languages = f'<label>Target language <select id="to">{options}</select></label>\n  ' if options else ""
+        page = page.replace("{{languages}}", languages).replace("{{model}}", html.escape(self._name))
+        return HTMLResponse(page, headers=headers)
 
 
 def _document(translation: Translation) -> dict[str, Any]:
