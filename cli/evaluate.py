@@ -261,11 +261,13 @@ def _check_tasks(tasks: list[str], unsupported: list[str]) -> None:
 
 def _check_sources(sources: list[str]) -> None:
     """Raise `InputError` for missing sources before torch is imported."""
+    from tinylm.recipe.pairs import CATALOG, TOY
     from tinylm.text.sources import Corpus
 
     for source in sources:
         # An existing path is not opened: it may be a pipe, which can be read only once.
-        if source != "-" and "://" not in source and not source.startswith("hf:") and not os.path.exists(source):
+        is_path = source != "-" and "://" not in source and not source.startswith(("hf:", "{", CATALOG, TOY))
+        if is_path and not os.path.exists(source):
             Corpus([source]).close()
     if sources.count("-") > 1:
         raise InputError("standard input can be read only once", where="-")

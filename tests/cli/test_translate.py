@@ -33,6 +33,43 @@ def test_translate_prints_several_translations_with_scores_and_an_alignment(run:
     result = run_cli("translate", "a b c", "--run", run.path, "-n", "2", "--beams", "3", "--attention", "--json")
     assert result.code == 0, result.err
     [document] = result.json
+def test_translate_prints_the_same_number_of_lines_for_every_input_line(run: Run, run_cli: RunCli) -> None:
+    result = run_cli("translate", "--run", run.path, "-n", "3", stdin=b"a b\n\nc\n")
+    lines = result.out.split("\n")
+    assert len(lines) == 10
+    assert lines[3:6] == ["0.0000\t", "\t", "\t"]
+
+
+def test_translate_answers_each_line_of_a_pipe(run: Run) -> None:
+    command = [*COMMAND, "translate", "--run", str(run.path), "--quiet"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for line in (b"a b\n", b"c d\n"):
+            process.stdin.write(line)
+            process.stdin.flush()
+            assert process.stdout.readline().endswith(b"\n")
+        process.stdin.close()
+
+
+def test_translate_reads_compressed_files_and_skips_a_byte_order_mark(run: Run, run_cli: RunCli, tmp_path: Path) -> None:
+    file = tmp_path / "lines.txt.gz"
+    file.write_bytes(gzip.compress(b"\xef\xbb\xbfa b\n"))
+    result = run_cli("translate", "-i", file, "--run", run.path, "--json")
+    assert [document["source"] for document in result.json] == ["a b"]
+
+
+def test_eval_reads_aligned_files(run: Run, run_cli: RunCli, tmp_path: Path) -> None:
+    (tmp_path / "a.de").write_text("a b\nc d\n", encoding="utf-8")
+    (tmp_path / "a.en").write_text("b a\nd c\n", encoding="utf-8")
+    files = f"{{source: {tmp_path / 'a.de'}, target: {tmp_path / 'a.en'}}}"
+    result = run_cli("eval", files, "--run", run.path, "--json")
+    assert result.code == 0, result.err
+    assert result.json["pairs"] == 2
+    invalid = run_cli("eval", "{source: a}", "--run", run.path)
+    assert "must have the form {source: FILE, target: FILE}" in invalid.err
+
+
     assert document["source"] == "a b c"
     first, second = document["translations"]
     assert first["score"] >= second["score"]

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import yaml
+from pydantic import ValidationError
 
 from tinylm.data import formats
 from tinylm.data.pairs import open_part
 from tinylm.errors import InputError
 from tinylm.evaluation.metrics import perplexity_of
-from tinylm.recipe.pairs import PairSources, PairsSection
+from tinylm.recipe.pairs import AlignedFiles, PairSources, PairsSection
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Run
 from tinylm.text.pairs import SentencePair, read_pairs
@@ -150,17 +152,31 @@ def evaluate_translator(
 
 
 def evaluation_pairs(run: Run, sources: Sequence[str], split: str, reporter: Reporter) -> list[SentencePair]:
-    """Return the sentence pairs in `sources`, or in a split of the run's own data if `sources` is empty."""
+    """Return the sentence pairs in `sources`, or in a split of the run's own data if `sources` is empty.
+
+    A source can also be two aligned files: `{source: FILE, target: FILE}`.
+    """
     require_translation_run(run)
     data = run.recipe.data
     assert isinstance(data, PairsSection)
     if sources:
-        return read_pairs(data, PairSources(sources=tuple(sources)), reporter)
+        parts: list[AlignedFiles | PairSources] = [_aligned_files(source) for source in sources if source.startswith("{")]
+        if others := tuple(source for source in sources if not source.startswith("{")):
+            parts.insert(0, PairSources(sources=others))
+        return [pair for part in parts for pair in read_pairs(data, part, reporter)]
     if not (run.path / "heldout").exists():
         raise InputError("this run has no held-out pairs", where=str(run.path), hint="pass files with sentence pairs")
     if split == "test" and not (run.path / "heldout" / "test-pairs.jsonl").exists():
         raise InputError("this run has no test pairs", where=str(run.path), hint="set data.test in the recipe, and train again")
     return list(open_part(run.path / "heldout", split, source_tokenizer_of(run), run.tokenizer).pairs)
+
+
+def _aligned_files(source: str) -> AlignedFiles:
+    """Parse `{source: FILE, target: FILE}`. Raises `InputError` if it is not valid."""
+    try:
+        return AlignedFiles.model_validate(yaml.safe_load(source))
+    except (yaml.YAMLError, ValidationError):
+        raise InputError("must have the form {source: FILE, target: FILE}", where=source) from None
 
 
 def translate_pairs(
