@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 from collections.abc import Iterator
 from functools import partial
+from io import UnsupportedOperation
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from tinylm.errors import InputError
+from tinylm.text.files import TextFile, open_bytes, read_lines, refuse_binary
 
 from .console import (
     CHECKPOINT,
@@ -88,7 +92,7 @@ def translate(
     opened = open_run(run, console, quiet=quiet)
     if average == 1:
         opened.checkpoint(checkpoint)  # report a missing checkpoint before torch is imported
-    lines = _lines(text, input_)
+    groups = _groups(text, input_)
 
     from tinylm.device import set_threads
     from tinylm.generation.precompile import compile_in_background
@@ -103,7 +107,7 @@ def translate(
         ctx.call_on_close(partial(compile_in_background, ConsoleReporter(console, quiet=quiet), "translation"))
     documents: list[dict[str, Any]] = []
     number = 0
-    for group in _groups(lines):
+    for group in groups:
         results = translator.translate(group, options, language=to, batch_size=batch_size, align=attention)
         for result in results:
             number += 1
@@ -112,46 +116,69 @@ def translate(
             if json:
                 documents.append(_document(result))
             else:
-                _print(result, with_scores=count > 1)
+                _print(result, count)
     if json:
         print_json(documents)
 
 
-def _lines(text: str | None, file: str | None) -> Iterator[str]:
-    """Return the lines to translate, without line endings. Raises `InputError` if there are two inputs, or if an input is not
-    UTF-8."""
+def _groups(text: str | None, file: str | None) -> Iterator[list[str]]:
+    """Return the lines to translate, without line endings, in groups that are translated together.
+
+    Raises `InputError` if there are two inputs, or if the input cannot be read or is not UTF-8.
+    """
     if text is not None and file is not None:
         raise InputError("cannot be combined with a text", where="--input")
     if text is not None and text != "-":
-        return iter(checked_text(text, "TEXT").splitlines() or [""])
-    if file is not None and file != "-":
-        return _read_file(file)
-    return _decoded(sys.stdin.buffer, "-")
+        return iter([checked_text(text, "TEXT").splitlines() or [""]])
+    if file is None or file == "-":
+        return _decoded(_available_lines(sys.stdin.buffer), "-")
+    opened = TextFile.at(file, file)
+    if os.path.isfile(file):
+        refuse_binary(opened)
+    return _decoded(_blocks_of_lines(read_lines(file, open_bytes(opened))), file)
 
 
-def _read_file(path: str) -> Iterator[str]:
+def _blocks_of_lines(lines: Iterator[bytes]) -> Iterator[list[bytes]]:
+    while block := list(islice(lines, _LINES_AT_ONCE)):
+        yield block
+
+
+def _available_lines(stream: Any) -> Iterator[list[bytes]]:
+    """Yield the lines of standard input in groups. A group ends when no more input is available, so that a program that writes a
+    line and waits for its translation gets an answer."""
+    lines: list[bytes] = []
+    rest = b""
+    while block := stream.read1():
+        *complete, rest = (rest + block).split(b"\n")
+        lines += complete
+        while len(lines) >= _LINES_AT_ONCE or (lines and not _has_input(stream)):
+            yield lines[:_LINES_AT_ONCE]
+            lines = lines[_LINES_AT_ONCE:]
+    lines += [rest] if rest else []
+    if lines:
+        yield lines
+
+
+def _has_input(stream: Any) -> bool:
+    """Whether reading does not block. Streams without a file descriptor never block."""
     try:
-        stream = open(path, "rb")  # noqa: SIM115  closed when the lines have been read
-    except OSError as error:
-        raise InputError(error.strerror or "cannot be read", where=path) from None
-    return _decoded(stream, path)
+        return bool(select.select([stream], [], [], 0)[0])
+    except UnsupportedOperation:
+        return True
 
 
-def _decoded(stream: Any, name: str) -> Iterator[str]:
-    with stream:
-        for number, line in enumerate(stream, 1):
+def _decoded(groups: Iterator[list[bytes]], name: str) -> Iterator[list[str]]:
+    number = 0
+    for group in groups:
+        texts = []
+        for line in group:
+            number += 1
             try:
-                yield line.decode("utf-8").removesuffix("\n").removesuffix("\r")
+                text = line.decode("utf-8").removesuffix("\n").removesuffix("\r")
             except UnicodeDecodeError as error:
                 raise InputError(f"not UTF-8 at byte {error.start}", where=f"{name}:{number}") from None
-
-
-def _groups(lines: Iterator[str]) -> Iterator[list[str]]:
-    """Yield groups of lines to translate together. Lines typed on a terminal are translated one by one, as soon as they are
-    entered."""
-    size = 1 if sys.stdin.isatty() else _LINES_AT_ONCE
-    while group := list(islice(lines, size)):
-        yield group
+            texts.append(text.removeprefix("\ufeff") if number == 1 else text)
+        yield texts
 
 
 def _warn(console: StderrConsole, number: int, note: str) -> None:
@@ -170,8 +197,11 @@ def _document(result: Translation) -> dict[str, Any]:
     return document
 
 
-def _print(result: Translation, *, with_scores: bool) -> None:
+def _print(result: Translation, count: int) -> None:
+    """Print `count` lines, with scores if there are several. If there are fewer translations, the remaining lines are a tab."""
     for each in result.translations:
-        write_stdout(f"{each.score:.4f}\t{each.text}" if with_scores else each.text)
+        write_stdout(f"{each.score:.4f}\t{each.text}" if count > 1 else each.text)
+    for _ in range(count - len(result.translations)):
+        write_stdout("\t")
     for token in result.alignment or ():
         write_stdout(f"  {token.token}\t{token.source}\t{token.weight:.2f}")

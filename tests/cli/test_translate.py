@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import subprocess
+from pathlib import Path
+
 import pytest
-from command import RunCli
+from command import COMMAND, RunCli
 from pairs import REVERSE, reversed_pairs, write_jsonl
 
 from tinylm.pipeline import train
@@ -29,10 +33,6 @@ def test_translate_prints_one_line_for_every_input_line(run: Run, run_cli: RunCl
     assert "line 4 is longer than the model's context: truncated from 40 to 11 tokens" in result.err
 
 
-def test_translate_prints_several_translations_with_scores_and_an_alignment(run: Run, run_cli: RunCli) -> None:
-    result = run_cli("translate", "a b c", "--run", run.path, "-n", "2", "--beams", "3", "--attention", "--json")
-    assert result.code == 0, result.err
-    [document] = result.json
 def test_translate_prints_the_same_number_of_lines_for_every_input_line(run: Run, run_cli: RunCli) -> None:
     result = run_cli("translate", "--run", run.path, "-n", "3", stdin=b"a b\n\nc\n")
     lines = result.out.split("\n")
@@ -70,6 +70,10 @@ def test_eval_reads_aligned_files(run: Run, run_cli: RunCli, tmp_path: Path) -> 
     assert "must have the form {source: FILE, target: FILE}" in invalid.err
 
 
+def test_translate_prints_several_translations_with_scores_and_an_alignment(run: Run, run_cli: RunCli) -> None:
+    result = run_cli("translate", "a b c", "--run", run.path, "-n", "2", "--beams", "3", "--attention", "--json")
+    assert result.code == 0, result.err
+    [document] = result.json
     assert document["source"] == "a b c"
     first, second = document["translations"]
     assert first["score"] >= second["score"]
