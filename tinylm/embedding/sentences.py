@@ -14,7 +14,7 @@ from tinylm.embedding.vectors import Vectors
 from tinylm.errors import InputError
 from tinylm.model.classifier import pool, text_hidden, without_classifier
 from tinylm.reporting import SILENT, Reporter
-from tinylm.run import Checkpoint, Run
+from tinylm.run import NORMALIZED, Checkpoint, Run
 
 POOLS = ("cls", "mean", "last")
 WHICH = "sentence"
@@ -34,8 +34,8 @@ def sentence_vectors(
 ) -> np.ndarray:
     """Return one vector per text, float32 (texts, width). `how` is the pooling method: `cls`, `mean` or `last`.
 
-    Long texts are truncated to the context length. `counts` receives their number, which is reported. Raises `InputError` for `cls`
-    with a causal model.
+    If the run was imported from a model whose sentence vectors have length 1, so have these. Long texts are truncated to the
+    context length. `counts` receives their number, which is reported. Raises `InputError` for `cls` with a causal model.
     """
     network = without_classifier(run.network(checkpoint or run.checkpoint(), device or torch.device("cpu")))
     if how == "cls" and network.is_causal:
@@ -60,6 +60,8 @@ def sentence_vectors(
             vectors[batch] = pool(text_hidden(network, tokens, segments), segments, how).float().cpu().numpy()
             done += len(batch)
             advance(done)
+    if run.environment.get(NORMALIZED):
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return vectors
 
 

@@ -14,7 +14,7 @@ from tinylm.data.shards import Shard
 from tinylm.data.split_text import PART_NAMES
 from tinylm.evaluation import masked
 from tinylm.evaluation.evaluate_run import TextFormat, open_shard
-from tinylm.evaluation.filling import require_masked_model
+from tinylm.evaluation.filling import require_head, require_masked_model
 from tinylm.evaluation.intervals import PairedDifference, paired_difference
 from tinylm.evaluation.masked import MaskedScores
 from tinylm.model.base import Model
@@ -80,7 +80,7 @@ def evaluate_masked_run(
     with open_shard(run, sources, split, text_format, reporter) as shard:
         network = run.network(chosen, devices.resolve(device))
         require_masked_model(network)
-
+        require_head(run)
         result = MaskedEvaluation(
             run=str(run.path),
             checkpoint=chosen.name,

@@ -14,6 +14,7 @@ from tinylm.errors import InputError
 from tinylm.evaluation.scoring import top_logprobs
 from tinylm.model.base import Model, evaluation_mode
 from tinylm.recipe.encoder import MASK
+from tinylm.run import HAS_HEAD, Run
 from tinylm.tokenizer import Tokenizer
 from tinylm.tokenizer.control_tokens import ControlTokens, encode_with_masks, split_at_masks
 from tinylm.tokenizer.tokenizer import DecodingRules
@@ -65,6 +66,16 @@ def require_masked_model(network: Model) -> None:
             f"this model ({kind}) does not predict masked tokens",
             where="--run",
             hint="choose a run trained with the masked_lm objective",
+        )
+
+
+def require_head(run: Run) -> None:
+    """Raise `InputError` if the run was imported from a model without a head."""
+    if run.environment.get(HAS_HEAD) is False:
+        raise InputError(
+            "this model was imported without a head, so it cannot predict masked tokens",
+            where=str(run.path),
+            hint="compute sentence vectors with `tinylm embed from-run --which sentence`, or fine-tune it with model.init_from",
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +66,38 @@ def read(folder: Path, tokenizer_file: Path | None, *, trust_pickle: bool) -> tu
     return imported, tokenizer
 
 
+@dataclass(frozen=True)
+class SentenceSettings:
+    """How sentence-transformers computes sentence vectors with the model in a folder."""
+
+    max_tokens: int | None = None
+    """Longer texts are truncated. None means the context length of the model."""
+    normalize: bool = False
+    """Whether vectors are scaled to length 1."""
+
+
+def sentence_settings(folder: Path) -> SentenceSettings:
+    """Read the files of sentence-transformers, if there are any. Raises `InputError` if a file is damaged."""
+    limits, modules = (_read_json(folder / name) for name in ("sentence_bert_config.json", "modules.json"))
+    max_tokens = limits.get("max_seq_length") if isinstance(limits, dict) else None
+    types = [str(module.get("type")) for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
+    normalize = any(type.rpartition(".")[2] == "Normalize" for type in types)
+    return SentenceSettings(max_tokens if isinstance(max_tokens, int) and max_tokens > 0 else None, normalize)
+
+
+def _read_json(file: Path) -> Any:
+    """Return the contents of a JSON file, or None if there is no such file. Raises `InputError` if it is damaged."""
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"not valid JSON: {error}", where=str(file)) from None
+
+
 def _from_vocabulary(folder: Path) -> Tokenizer:
     """Create a tokenizer from a folder's vocab.txt, which is BERT's older format."""
-    options: dict[str, Any] = {}
-    if (folder / "tokenizer_config.json").is_file():
-        try:
-            options = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"not valid JSON: {error}", where=str(folder / "tokenizer_config.json")) from None
+    options = _read_json(folder / "tokenizer_config.json")
     options = options if isinstance(options, dict) else {}
     vocabulary = (folder / _VOCABULARY).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     backend = tokenizers.Tokenizer(

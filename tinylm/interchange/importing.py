@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from tinylm.recipe.schema import (
 )
 from tinylm.recipe.values import run_name
 from tinylm.reporting import SILENT, Reporter
-from tinylm.run import check_run_folder, shape_mismatch
+from tinylm.run import HAS_HEAD, NORMALIZED, check_run_folder, shape_mismatch
 from tinylm.tokenizer import Tokenizer
 from tinylm.training.checkpoint import CheckpointWriter, Snapshot
 from tinylm.training.progress import Progress
@@ -128,11 +128,14 @@ def _import_encoder(source: Path, folder: Path, name: str, options: _EncoderOpti
     """Import BERT, DistilBERT, RoBERTa or ModernBERT: a masked model, a classifier, or an encoder without a head."""
     imported, tokenizer = encoder_folders.read(source, options.tokenizer, trust_pickle=options.trust_pickle)
     model, state, prefix = imported.model, imported.state, BODY if isinstance(imported.objective, ClassificationObjective) else ""
+    sentences = encoder_folders.sentence_settings(source)
     if options.context is not None:
         check_context(model.context_length, options.context)
-        model = model.model_copy(update={"context_length": options.context})
+    context = options.context or min(sentences.max_tokens or model.context_length, model.context_length)
+    if context < model.context_length:
+        model = model.model_copy(update={"context_length": context})
         if f"{prefix}positions.weight" in state:
-            state = {**state, f"{prefix}positions.weight": state[f"{prefix}positions.weight"][: options.context]}
+            state = {**state, f"{prefix}positions.weight": state[f"{prefix}positions.weight"][:context]}
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
     mismatch = shape_mismatch(model, tokenizer.vocab_size, shapes, objective=imported.objective)
     if mismatch is not None:
@@ -155,7 +158,8 @@ def _import_encoder(source: Path, folder: Path, name: str, options: _EncoderOpti
         if probe is not None:
             reporter.warn(f"the imported tokenizer and transformers tokenize {probe[:60]!r} differently")
     with atomic_folder(folder) as temporary:
-        _write(temporary, folder, name, network, tokenizer, imported.objective)
+        notes = {HAS_HEAD: imported.has_head, NORMALIZED: sentences.normalize}
+        _write(temporary, folder, name, network, tokenizer, imported.objective, notes)
     return ImportResult(
         run=str(folder),
         source=name,
@@ -359,8 +363,15 @@ def _load_reference(source: Path) -> tuple[Callable[[Tensor], Tensor], str] | st
 
 
 def _write(
-    temporary: Path, folder: Path, source: str, network: Model, tokenizer: Tokenizer, objective: ObjectiveVariant | None = None
+    temporary: Path,
+    folder: Path,
+    source: str,
+    network: Model,
+    tokenizer: Tokenizer,
+    objective: ObjectiveVariant | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> None:
+    """Write the run. `notes` are added to environment.json."""
     sources: Any = (f"imported:{source}",)
     data: DataVariant = DataSection(train=sources)
     if isinstance(objective, ClassificationObjective):
@@ -378,7 +389,7 @@ def _write(
     header = "# Imported weights: `data` and `training` are placeholders. To fine-tune, set model.init_from in another recipe.\n"
     atomic_write_text(temporary / "recipe.yaml", header + recipe.to_yaml())
     tokenizer.save(temporary / "tokenizer.json")
-    environment = {"tinylm": tinylm.__version__, "torch": torch.__version__, "imported": source}
+    environment = {"tinylm": tinylm.__version__, "torch": torch.__version__, "imported": source, **(notes or {})}
     atomic_write_text(
         temporary / "environment.json",
         json.dumps({**environment, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}, indent=1) + "\n",

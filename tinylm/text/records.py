@@ -133,7 +133,7 @@ def _parsed_rows(
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default rejects documents longer than 128 KiB
     lines = _decoded_lines(file.name, stream, record_format.errors)
     first = next(lines, "")
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     reader = csv.reader(_chain(first, lines), delimiter=_delimiter(file.suffix, first), quoting=quoting, strict=True)
     columns: list[str] | None = None
     start = 1
