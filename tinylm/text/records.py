@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import IO
+from typing import IO, Literal
 
 from tinylm.errors import InputError, did_you_mean
 from tinylm.recipe.template import parse_template, template_problem
