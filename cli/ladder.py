@@ -10,6 +10,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from tinylm.recipe.shipped import shipped_recipes
+
 from .console import (
     DEVICE,
     JSON,
@@ -25,8 +27,7 @@ from .console import (
 from .sweep import checked_image
 
 if TYPE_CHECKING:
-    from tinylm.recipe.shipped import shipped_recipes
-from tinylm.ladder import Row
+    from tinylm.ladder import Row
 
 app = typer.Typer(add_completion=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,11 @@ def plan(folder: Path, *names: str, overrides: tuple[str, ...] = ()) -> LadderPl
 
 
 def test_a_ladder_is_not_trained_twice_and_its_rungs_are_ordinary_runs(short_file: Path, tmp_path: Path, run_cli: RunCli) -> None:
-    folder = tmp_path / "ladder"
+    folder, text = tmp_path / "ladder", tmp_path / "text.txt"
+    text.write_bytes(short_file.read_bytes())
     settings = ("--set", "tokenizer=char", "--set", "training.epochs=1")
-    command = ("ladder", short_file, "--models", "ngram", *settings, "--out", folder, "--json")
-    first = run_cli(*command, "--plot", tmp_path / "plot.svg")
+    command = ("ladder", text, *settings, "--out", folder, "--json", "--models")
+    first = run_cli(*command, "ngram", "--plot", tmp_path / "plot.svg")
     assert first.code == 0, first.err
     [row] = first.json["rows"]
     assert row["model"] == "ngram"
@@ -32,13 +34,25 @@ def test_a_ladder_is_not_trained_twice_and_its_rungs_are_ordinary_runs(short_fil
     assert row["sample"]
     assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
     changed = (folder / "ngram" / "metrics.jsonl").stat().st_mtime_ns
-    again = run_cli(*command)
+    again = run_cli(*command, "ngram")
     assert again.json == first.json
     assert (folder / "ngram" / "metrics.jsonl").stat().st_mtime_ns == changed
     assert Run.open(folder / "ngram").recipe.model.architecture == "ngram"
-    other = run_cli(*command, "--set", "model.order=3")
+    other = run_cli(*command, "ngram", "--set", "model.order=3")
     assert other.code == 2
-    assert "another recipe" in other.err
+    assert "ngram was trained with other settings: --minutes, --models" in other.err
+    (folder / "rows" / "ngram.json").write_text('{"model"', encoding="utf-8")
+    assert run_cli(*command, "ngram").json == first.json, "a damaged row is computed again"
+    text.write_text("another text\n" * 500, encoding="utf-8")
+    assert "the text is not the same as when ngram was trained" in run_cli(*command, "ngram,window").err
+    shutil.rmtree(folder / "ngram")
+    assert run_cli(*command, "ngram").json["rows"] != first.json["rows"], "a removed run is trained again"
+
+
+def test_the_text_of_a_ladder_cannot_be_standard_input(tmp_path: Path, run_cli: RunCli) -> None:
+    result = run_cli("ladder", "-", "--out", tmp_path / "ladder", stdin=b"text")
+    assert result.code == 2
+    assert "standard input can be read only once (save the text in a file)" in result.err
 
 
 @pytest.mark.parametrize("rung", RUNGS.values(), ids=str)

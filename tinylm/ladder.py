@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from tinylm.generation.sampling import SamplingOptions
 from tinylm.model import registry
 from tinylm.paths import atomic_file, atomic_write_text
 from tinylm.recipe import Recipe, load
-from tinylm.recipe.schema import ModelVariant, require_text
+from tinylm.recipe.schema import LENGTHS, ModelVariant, require_text
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Run
 from tinylm.sweep.runner import Outcome, Sweep, Training, check_same_text
@@ -108,8 +108,12 @@ def find_rungs(names: Sequence[str]) -> list[Rung]:
 def run_ladder(plan: LadderPlan, reporter: Reporter = SILENT) -> Iterator[Row]:
     """Train and evaluate the rungs, and yield each result as soon as it is ready.
 
-    Raises `InputError` if a recipe is not valid or the folder contains another ladder, and `WorkError` if training fails.
+    Raises `InputError` if a recipe is not valid, the folder contains another ladder, or the text has changed since other rungs were
+    trained. Raises `WorkError` if training fails.
     """
+    if "-" in plan.source:
+        hint = "save the text in a file"
+        raise InputError("each model is trained on the text, but standard input can be read only once", where="-", hint=hint)
     values = {rung.name: _values(plan, rung) for rung in plan.rungs}
     recipes = {rung.name: load(plan.recipes[rung.recipe], _settings(values[rung.name])) for rung in plan.rungs}
     if plan.equal == "parameters":
@@ -118,7 +122,7 @@ def run_ladder(plan: LadderPlan, reporter: Reporter = SILENT) -> Iterator[Row]:
     for rung in plan.rungs:
         runner = Sweep(plan.folder, plan.recipes[rung.recipe], device=plan.device)
         training = Training(rung.name, values[rung.name])
-        known = runner.finished(training) is not None
+        known = _is_finished(runner, training)
         for outcome in runner.run([training]):
             if outcome.error is not None:
                 hint = "run the same command again to continue"
@@ -128,16 +132,27 @@ def run_ladder(plan: LadderPlan, reporter: Reporter = SILENT) -> Iterator[Row]:
             yield _row(plan, rung, outcome, reuse=known)
 
 
+def _is_finished(runner: Sweep, training: Training) -> bool:
+    """Whether a rung has been trained. Raises `InputError` if it was trained with other settings."""
+    try:
+        return runner.finished(training) is not None
+    except InputError as error:
+        if "another recipe" not in error.message:
+            raise
+        problem = f"{training.name} was trained with other settings: --minutes, --models, --equal, --seed, --set or the text differ"
+        raise InputError(problem, where=error.where, hint="repeat the same options, or choose another folder with --out") from None
+
+
 def _values(plan: LadderPlan, rung: Rung) -> dict[str, str]:
-    """Return a rung's recipe settings by key. Every network has the same training time."""
+    """Return a rung's recipe settings by key. Every network has the same training time, unless the overrides set the length."""
     values = {"data.train": json.dumps(list(plan.source))}
-    if rung.width is not None:
-        values["training.minutes"] = f"{plan.minutes / len(plan.rungs):.6g}"
     for override in plan.overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise InputError("must have the form KEY=VALUE", where=f"--set {override}")
         values[key] = value
+    if rung.width is not None and not {f"training.{key}" for key in LENGTHS} & values.keys():
+        values["training.minutes"] = f"{plan.minutes / len(plan.rungs):.6g}"
     return values
 
 
@@ -184,9 +199,8 @@ def width_for(model: ModelVariant, key: str, vocab_size: int, parameters: int) -
 def _row(plan: LadderPlan, rung: Rung, outcome: Outcome, *, reuse: bool) -> Row:
     """Evaluate a trained rung and sample from it, or read the saved row if nothing has been trained since."""
     file = plan.folder / "rows" / f"{rung.name}.json"
-    if reuse and file.exists():
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        return Row(**{**saved, "run": outcome.run, "bits_per_byte_ci95": tuple(saved["bits_per_byte_ci95"])})
+    if reuse and (saved := _saved_row(file)) is not None:
+        return replace(saved, run=outcome.run)
     run = Run.open(outcome.run)
     scores = evaluate_run(run, device=plan.device).perplexity
     row = Row(
@@ -201,6 +215,15 @@ def _row(plan: LadderPlan, rung: Rung, outcome: Outcome, *, reuse: bool) -> Row:
     )
     atomic_write_text(file, json.dumps(asdict(row), ensure_ascii=False, indent=1) + "\n")
     return row
+
+
+def _saved_row(file: Path) -> Row | None:
+    """Read a row, or return None if the file is missing or damaged."""
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        return Row(**{**saved, "bits_per_byte_ci95": tuple(saved["bits_per_byte_ci95"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def _sample(run: Run) -> str:
