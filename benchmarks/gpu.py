@@ -461,7 +461,10 @@ class _FakeTokenizer:
     def encode(self, text: str) -> list[int]:
         return [0]
 
-    def stream_decoder(self) -> _FakeTokenizer:
+    def space_precedes(self, prompt: str, ids: list[int]) -> bool:
+        return False
+
+    def stream_decoder(self, *, keep_first_space: bool = False) -> _FakeTokenizer:
         return self
 
     def push(self, id: int) -> str:

@@ -66,7 +66,6 @@ _TEXT_OPTIONS = (
     "html",
     "weights",
     "field",
-    "label",
     "template",
     "errors",
 )
@@ -240,7 +239,7 @@ def _check_options(ctx: typer.Context, sources: list[str], harness: bool, limit:
     if limit is not None and not harness:
         raise InputError("requires --harness", where="--limit")
     if harness:
-        _check_tasks(sources, given_options(ctx, _TEXT_OPTIONS))
+        _check_tasks(sources, given_options(ctx, (*_TEXT_OPTIONS, "label")))
     elif not sources and (unused := given_options(ctx, ("field", "label", "template", "errors"))):
         raise InputError("requires a SOURCE", where=", ".join(unused))
     if sources and not harness and given_options(ctx, ("split",)):

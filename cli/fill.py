@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tinylm.errors import InputError
+from tinylm.text.files import text_lines
 
 from .console import (
     CHECKPOINT,
@@ -88,7 +89,7 @@ def fill(
 
 def _lines() -> dict[str, str]:
     """Return the non-blank lines of standard input by their place, such as `-:1`. Raises `InputError` if there are none."""
-    lines = {f"-:{number}": line for number, line in enumerate(sys.stdin.read().splitlines(), 1) if line.strip()}
+    lines = {f"-:{number}": line for number, line in enumerate(text_lines(sys.stdin.read()), 1) if line.strip()}
     if not lines:
         raise InputError("standard input is empty", where="-", hint="write one text with [MASK] per line")
     return {where: checked_text(line, where) for where, line in lines.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,13 +149,18 @@ def prepare(
     start = time.perf_counter()
     with _folder(out, overwrite=overwrite) as folder:
         preparation = Preparation(settings, folder, reporter)
-        show: Callable[[Report], None] = lambda report: None if json else _show(report, settings)  # noqa: E731
+
+        def show(report: Report) -> None:
+            if not json:
+                _show(report, settings)
+
         if cluster is not None:
             from tinylm.curation.datatrove_engine import run
 
             finished = run(preparation, cluster, show)
             if finished is None:
-                reporter.note(f"submitted the jobs; when all of them are done, {out}/manifest.json exists and contains the report")
+                done = "is replaced" if preparation.is_complete else "exists"
+                reporter.note(f"submitted the jobs; when all of them are done, {out}/manifest.json {done} and contains the report")
                 if json:
                     print_json({"folder": out, "submitted": True})
                 return

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from io import UnsupportedOperation
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import typer
 
@@ -135,12 +135,14 @@ def _groups(text: str | None, file: str | None) -> Iterator[list[str]]:
     opened = TextFile.at(file, file)
     if os.path.isfile(file):
         refuse_binary(opened)
-    return _decoded(_blocks_of_lines(read_lines(file, open_bytes(opened))), file)
+    return _decoded(_blocks_of_lines(file, open_bytes(opened)), file)
 
 
-def _blocks_of_lines(lines: Iterator[bytes]) -> Iterator[list[bytes]]:
-    while block := list(islice(lines, _LINES_AT_ONCE)):
-        yield block
+def _blocks_of_lines(name: str, stream: IO[bytes]) -> Iterator[list[bytes]]:
+    with stream:
+        lines = read_lines(name, stream)
+        while block := list(islice(lines, _LINES_AT_ONCE)):
+            yield block
 
 
 def _available_lines(stream: Any) -> Iterator[list[bytes]]:
@@ -160,7 +162,9 @@ def _available_lines(stream: Any) -> Iterator[list[bytes]]:
 
 
 def _has_input(stream: Any) -> bool:
-    """Whether reading does not block. Streams without a file descriptor never block."""
+    """Whether reading does not block. Streams without a file descriptor never block. On Windows, the answer is always no."""
+    if sys.platform == "win32":  # where `select` supports only sockets
+        return False
     try:
         return bool(select.select([stream], [], [], 0)[0])
     except UnsupportedOperation:

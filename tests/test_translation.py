@@ -166,7 +166,7 @@ def test_an_export_rejects_parts_that_marian_does_not_have(run: Run, tmp_path: P
 
 def test_two_translators_are_compared_on_the_same_sentences(run: Run, marian_run: Run) -> None:
     paired = compare_translators(run, marian_run)
-    assert paired.difference == pytest.approx(paired.a - paired.b)
+    assert paired.difference == pytest.approx(paired.a_bleu - paired.b_bleu)
     assert paired.ci95[0] <= paired.difference <= paired.ci95[1]
 
 

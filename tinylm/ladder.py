@@ -146,13 +146,15 @@ def _is_finished(runner: Sweep, training: Training) -> bool:
 def _values(plan: LadderPlan, rung: Rung) -> dict[str, str]:
     """Return a rung's recipe settings by key. Every network has the same training time, unless the overrides set the length."""
     values = {"data.train": json.dumps(list(plan.source))}
+    if rung.width is not None:
+        values["training.minutes"] = f"{plan.minutes / len(plan.rungs):.6g}"
     for override in plan.overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise InputError("must have the form KEY=VALUE", where=f"--set {override}")
+        if key in {f"training.{length}" for length in LENGTHS}:
+            values.pop("training.minutes", None)
         values[key] = value
-    if rung.width is not None and not {f"training.{key}" for key in LENGTHS} & values.keys():
-        values["training.minutes"] = f"{plan.minutes / len(plan.rungs):.6g}"
     return values
 
 

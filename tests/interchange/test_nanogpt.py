@@ -133,8 +133,8 @@ def test_code_in_a_pickle_is_never_executed(tmp_path: Path, monkeypatch: pytest.
 
 def test_files_that_are_not_nanogpt_checkpoints_are_rejected(tmp_path: Path) -> None:
     for name, content, message in (
-        ("notes.txt", b"hello", "not a Hugging Face folder, a torch.save file or an ARPA file"),
-        ("empty.pt", b"", "not a Hugging Face folder"),
+        ("notes.txt", b"hello", "neither a Hugging Face folder, a torch.save file nor an ARPA file"),
+        ("empty.pt", b"", "neither a Hugging Face folder"),
         ("model.safetensors", b"", "a weights file alone does not contain the model configuration"),
     ):
         (tmp_path / name).write_bytes(content)

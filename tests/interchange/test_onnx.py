@@ -18,7 +18,7 @@ from tinylm.recipe.labels import ClassificationObjective
 
 def test_an_onnx_file_accepts_any_batch_size_and_length(make_run: MakeRun, tmp_path: Path) -> None:
     _, _, onnxruntime = (pytest.importorskip(name) for name in ("onnx", "onnxscript", "onnxruntime"))
-    run = make_run("modern", ngram_embeddings=[2, 3], n_kv_head=2, value_residual=True, tokenizer="digits2")
+    run = make_run("modern", ngram_embeddings=[2, 3], n_kv_head=2, shifted_key_heads=1, value_residual=True, tokenizer="digits2")
     result = export(run, "onnx", tmp_path / "model.onnx")
     assert result.largest_difference <= 1e-4
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])

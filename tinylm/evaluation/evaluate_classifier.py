@@ -172,7 +172,8 @@ def compare_classifiers(
     The texts are those in `sources`, or the runs' own texts if there are no sources. Raises `InputError` if a run is not a
     classifier, if a source cannot be read, or if the runs' own texts have different labels.
     """
-    items = _read(models[0].members[0].run, sources, TextCounts()) if sources else []
+    counts = TextCounts()
+    items = _read(models[0].members[0].run, sources, counts) if sources else []
     credits: list[np.ndarray] = []
     expected: list[str] | None = None
     for model in models:
@@ -184,8 +185,12 @@ def compare_classifiers(
                 "its texts have other labels than those of the first run", where=model.name, hint="choose texts with --on"
             )
         expected = names
+        classifier = TextClassifier(model, devices.resolve(device))
+        if sources and model is models[0]:
+            counts.add(map(len, documents), classifier.room)
+            counts.report(reporter)
         with reporter.progress("classifying", None, "tokens") as advance:
-            logits = TextClassifier(model, devices.resolve(device)).predict(documents, advance)
+            logits = classifier.predict(documents, advance)
         credits.append(classification.credits(logits, _ids(names, labels)))
     return [paired_difference(credits[0], other, np.ones(len(other))) for other in credits[1:]]
 

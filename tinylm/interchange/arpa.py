@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -141,9 +140,11 @@ def is_arpa(path: Path) -> bool:
     file = TextFile.at(str(path), str(path))
     if not path.is_file() or file.suffix == ".arpa":
         return path.is_file()
-    with open_bytes(file) as stream, suppress(OSError, EOFError):
-        return b"\\data\\" in (line.strip() for line in stream.read(_START_BYTES).split(b"\n"))
-    return False
+    try:
+        with open_bytes(file) as stream:
+            return b"\\data\\" in (line.strip() for line in stream.read(_START_BYTES).split(b"\n"))
+    except Exception:  # each decompressor has its own exceptions
+        return False
 
 
 def read(path: Path, ids: Mapping[str, int] | None = None) -> tuple[NgramTables, list[str]]:

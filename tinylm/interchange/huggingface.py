@@ -383,7 +383,7 @@ def load_pickle(path: Path, trusted: bool) -> dict[str, Any]:
     with open(path, "rb") as opened:
         magic = opened.read(4)
     if not magic.startswith((b"PK", b"\x80")):
-        raise InputError("not a Hugging Face folder, a torch.save file or an ARPA file", where=str(path))
+        raise InputError("neither a Hugging Face folder, a torch.save file nor an ARPA file", where=str(path))
     if not trusted:
         raise InputError(
             "the file is a pickle, and loading a pickle can execute code",

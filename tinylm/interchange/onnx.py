@@ -23,11 +23,12 @@ from tinylm.recipe.schema import ModelVariant
 from tinylm.recipe.support import ANY, COMMON, Supports, check_supported
 from tinylm.tokenizer import Tokenizer
 
-SUPPORTS: Supports = {**COMMON, "rope_scaling": ANY, "rope_fraction": ANY}
+SUPPORTS: Supports = {**COMMON, "rope_scaling": ANY, "rope_fraction": ANY, "shifted_key_heads": ANY}
 """The values of `model:` keys for which torch can export a graph with dynamic batch size and sequence length."""
 ENCODERS: Supports = {
     **SUPPORTS,
     "architecture": ("encoder",),
+    "shifted_key_heads": (0,),
     **dict.fromkeys(("token_types", "head_transform", "head_bias", "norm_first_block"), ANY),
     **dict.fromkeys(("attention_window", "attention_pattern", "rope_theta_local"), ANY),
     "feed_forward": ("gelu", "gelu_exact", "relu", "relu2", "swiglu", "geglu", "geglu_exact"),

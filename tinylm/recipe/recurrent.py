@@ -43,6 +43,8 @@ class RecurrentSection(ModelVariant):
     @model_validator(mode="before")
     @classmethod
     def _limit_default_burn_in(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
         length, default = values.get("context_length"), cls.model_fields["burn_in"].default
         return {"burn_in": length, **values} if type(length) is int and 0 < length < default else values
 

@@ -263,7 +263,8 @@ def _digest(recipe: Recipe) -> str:
 def _digest_of_text(recipe: Recipe) -> str:
     """Return a hash of the settings that determine how the text is encoded."""
     document = recipe.as_dict()
-    settings = [document["data"], document.get("tokenizer"), document["model"].get("init_from")]
+    adds_control_tokens = recipe.model.bidirectional
+    settings = [document["data"], document.get("tokenizer"), document["model"].get("init_from"), adds_control_tokens]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 

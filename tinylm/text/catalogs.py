@@ -197,7 +197,8 @@ def _decompressed(file: TextFile) -> Iterator[str]:
     if file.compression is None:
         yield file.path
         return
-    with tempfile.NamedTemporaryFile() as copy, open_bytes(file) as stream:
-        copy.writelines(read_lines(file.name, stream))
-        copy.flush()
-        yield copy.name
+    with tempfile.TemporaryDirectory() as folder:
+        copy = os.path.join(folder, "catalog")
+        with open_bytes(file) as stream, open(copy, "wb") as plain:
+            plain.writelines(read_lines(file.name, stream))
+        yield copy
