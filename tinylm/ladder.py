@@ -24,7 +24,7 @@ from tinylm.recipe import Recipe, load
 from tinylm.recipe.schema import LENGTHS, ModelVariant, require_text
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Run
-from tinylm.sweep.runner import Outcome, Sweep, Training, check_same_text
+from tinylm.sweep.runner import OtherRecipeError, Outcome, Sweep, Training, check_trained_on_same_text
 
 Equal = Literal["time", "parameters"]
 _SAMPLE_TOKENS = 60
@@ -128,7 +128,7 @@ def run_ladder(plan: LadderPlan, reporter: Reporter = SILENT) -> Iterator[Row]:
                 hint = "run the same command again to continue"
                 raise WorkError(f"{rung.name}: {outcome.error}", where=str(plan.folder), hint=hint)
             outcomes.append(outcome)
-            check_same_text(outcomes)
+            check_trained_on_same_text(outcomes)
             yield _row(plan, rung, outcome, reuse=known)
 
 
@@ -136,9 +136,7 @@ def _is_finished(runner: Sweep, training: Training) -> bool:
     """Whether a rung has been trained. Raises `InputError` if it was trained with other settings."""
     try:
         return runner.finished(training) is not None
-    except InputError as error:
-        if "another recipe" not in error.message:
-            raise
+    except OtherRecipeError as error:
         problem = f"{training.name} was trained with other settings: --minutes, --models, --equal, --seed, --set or the text differ"
         raise InputError(problem, where=error.where, hint="repeat the same options, or choose another folder with --out") from None
 

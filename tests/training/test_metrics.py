@@ -179,3 +179,20 @@ def test_every_observer_receives_every_event() -> None:
     both.close()
     events = ("step", "evaluation", "sample", "saved", "saving", "a note", "stopping", "close")
     assert received == [(name, event) for event in events for name in "ab"]
+
+
+def test_all_observers_are_closed_even_if_one_raises() -> None:
+    closed: list[str] = []
+
+    class Failing(Observer):
+        def close(self) -> None:
+            closed.append("failing")
+            raise OSError("the disk is full")
+
+    class Working(Observer):
+        def close(self) -> None:
+            closed.append("working")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        Observers([Failing(), Working()]).close()
+    assert closed == ["failing", "working"]

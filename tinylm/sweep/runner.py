@@ -82,7 +82,7 @@ def check_sweep_folder(folder: Path) -> None:
         raise InputError("is the folder of a single run", where=str(folder), hint=hint)
 
 
-def check_same_text(outcomes: Iterable[Outcome]) -> None:
+def check_trained_on_same_text(outcomes: Iterable[Outcome]) -> None:
     """Raise `InputError` if two runs have the same settings for the text and the tokenizer, but were trained on different texts."""
     first: dict[str, Outcome] = {}
     for outcome in outcomes:
@@ -94,6 +94,10 @@ def check_same_text(outcomes: Iterable[Outcome]) -> None:
                     where=outcome.run,
                     hint="train all runs again in another folder with --out",
                 )
+
+
+class OtherRecipeError(InputError):
+    """A result in the folder comes from another recipe."""
 
 
 class Sweep:
@@ -157,7 +161,7 @@ class Sweep:
             raise InputError(f"not a sweep result: {error}", where=str(file), hint="remove it to train again") from None
         if outcome.digest != _digest(self.recipe(training.values)):
             hint = "choose another folder with --out"
-            raise InputError("the folder contains a sweep of another recipe", where=str(self.folder), hint=hint)
+            raise OtherRecipeError("the folder contains a sweep of another recipe", where=str(self.folder), hint=hint)
         folder = self.run_folder(training.name)  # the sweep may have been moved since
         return replace(outcome, run=str(folder)) if (folder / "recipe.yaml").exists() else None
 
@@ -165,12 +169,12 @@ class Sweep:
         """Train all runs that are not finished, and yield each outcome as soon as it is known.
 
         If this process is interrupted, all active runs save a checkpoint and stop. Raises `InputError` if another process trains
-        the runs of this folder, or if `check_same_text` rejects the outcomes.
+        the runs of this folder, or if `check_trained_on_same_text` rejects the outcomes.
         """
         with self.locked():
             for outcome in self._run(planned, monitor):
                 self._outcomes.append(outcome)
-                check_same_text(self._outcomes)
+                check_trained_on_same_text(self._outcomes)
                 yield outcome
 
     def _run(self, planned: Sequence[Training], monitor: Monitor) -> Iterator[Outcome]:

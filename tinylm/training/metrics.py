@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -187,8 +187,10 @@ class Observers(Observer):
             member.note(text)
 
     def close(self) -> None:
-        for member in self._members:
-            member.close()
+        """Close all members in order, even if one of them raises."""
+        with ExitStack() as stack:
+            for member in reversed(self._members):
+                stack.callback(member.close)
 
     def stopping(self) -> None:
         for member in self._members:
