@@ -51,9 +51,16 @@ def masked_recipe(folder: Path, *, model: str = "preset: modern", extra: str = "
     )
 
 
-def classifier_recipe(folder: Path, *, model: str = f"architecture: encoder, {SHAPE}", data: str = "", extra: str = "") -> Recipe:
+def classifier_recipe(
+    folder: Path,
+    *,
+    model: str = f"architecture: encoder, {SHAPE}",
+    data: str = "",
+    tokenizer: str = "{kind: byte}",
+    extra: str = "",
+) -> Recipe:
     """Return a recipe that trains a classifier on the texts from `write_labeled`."""
     return loads(
         f"name: labels\ndata: {{train: {write_labeled(folder)}, format: labels, heldout: {{share: 0.2}}{data}}}\n"
-        f"tokenizer: {{kind: byte}}\nmodel: {{{model}}}\n{TRAINING}{EVERY}{extra}"
+        f"tokenizer: {tokenizer}\nmodel: {{{model}}}\n{TRAINING}{EVERY}{extra}"
     )

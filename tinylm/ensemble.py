@@ -45,7 +45,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """One or more language models, or classifiers with the same labels. All members have the same tokenizer and the same weight."""
+    """One or more language models with the same tokenizer, or classifiers with the same labels. All have the same weight."""
 
     members: tuple[Member, ...]
 
@@ -55,7 +55,7 @@ class Ensemble:
 
         `checkpoints` contains `best`, `last` or steps. If it is empty, each run's default checkpoint is used. Raises `InputError`
         if a checkpoint does not exist, if a member occurs twice, or if the members cannot be averaged: they must all be language
-        models, or all classifiers with the same labels, and their tokenizers must have the same content.
+        models whose tokenizers have the same content, or all classifiers with the same labels.
         """
         if len(runs) > 1 and len(checkpoints) > 1:
             raise InputError(
@@ -135,7 +135,7 @@ def _check_averages(first: Member, member: Member) -> None:
         problem = "does not predict the same labels as" if ours and theirs else "is not the same kind of model as"
         hint = "all members must be language models, or classifiers with the same labels"
         raise InputError(f"{problem} {first.path}", where=member.path, hint=hint)
-    if member.run.tokenizer.fingerprint != first.run.tokenizer.fingerprint:
+    if theirs is None and member.run.tokenizer.fingerprint != first.run.tokenizer.fingerprint:
         raise InputError(
             f"its tokenizer differs from that of {first.path}, so the probabilities of their tokens cannot be averaged",
             where=member.path,

@@ -14,7 +14,6 @@ from tinylm.cost.cpu import (
     AMX_SPEEDUP,
     LAUNCH_SECONDS,
     MATMUL_EFFICIENCY,
-    QUERY_BLOCK_SECONDS,
     SCORE_SECONDS,
     STATE_EFFICIENCY,
     TABLE_KERNELS,
@@ -23,12 +22,11 @@ from tinylm.cost.cpu import (
     kernels,
     measure,
     newton_schulz_flops,
-    query_blocks,
     step_seconds,
 )
 
 MACHINE = Processor(100e9, 20e9, 10e9, cores=2, has_amx=True)
-WORK = Work("fp32", 1e9, 1e8, 1e6, 100, 1000, state_bytes=1e8, update_kernels=200, newton_schulz_flops=1e9)
+WORK = Work("fp32", 1e9, 1e8, 1e6, 1000, state_bytes=1e8, update_kernels=200, newton_schulz_flops=1e9)
 
 
 def test_the_step_time_matches_a_hand_calculation() -> None:
@@ -40,12 +38,11 @@ def test_the_step_time_matches_a_hand_calculation() -> None:
     assert seconds.total == pytest.approx(seconds.passes + seconds.optimizer)
 
 
-def test_bf16_is_faster_with_amx_and_has_a_cost_per_query_block() -> None:
+def test_matrix_products_in_bf16_are_faster_with_amx() -> None:
     fp32, bf16 = (step_seconds(MACHINE, replace(WORK, precision=precision)) for precision in ("fp32", "bf16"))
     assert bf16.matmul == pytest.approx(fp32.matmul / AMX_SPEEDUP)
     assert MACHINE.peak_flops("fp32") == MACHINE.matmul_flops_in("fp32")
     assert MACHINE.matmul_flops_in("fp32") < MACHINE.matmul_flops_in("bf16") < MACHINE.peak_flops("bf16")
-    assert bf16.attention - fp32.attention == pytest.approx(100 * QUERY_BLOCK_SECONDS / 2)
     assert step_seconds(replace(MACHINE, has_amx=False), replace(WORK, precision="bf16")).matmul > 50 * bf16.matmul
 
 
@@ -66,15 +63,6 @@ def test_every_ngram_table_adds_kernels() -> None:
 def test_newton_schulz_flops_match_a_hand_calculation() -> None:
     assert newton_schulz_flops(64, 16, 3) == newton_schulz_flops(16, 64, 3) == 3 * (4 * 16 * 16 * 64 + 2 * 16**3)
     assert newton_schulz_flops(32, 32, 1) == 6 * 32**3
-
-
-def test_longer_sequences_have_larger_query_blocks() -> None:
-    assert [query_blocks(2, 3, length, 64) for length in (200, 256, 768, 1024)] == [24, 24, 18, 24]
-
-
-def test_short_sequences_have_no_16_bit_query_blocks() -> None:
-    assert [query_blocks(2, 3, length, width) for length, width in ((1, 64), (192, 64), (384, 32))] == [0, 0, 0]
-    assert query_blocks(2, 3, 193, 64) == 24
 
 
 def test_the_speed_of_this_machine_is_measured() -> None:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tinylm.model import functions
-from tinylm.model.functions import fused_attention, relu_squared, rms_norm, rotate, select_targets, summed_cross_entropy
+from tinylm.model.functions import relu_squared, rms_norm, rotate, select_targets, summed_cross_entropy
 from tinylm.model.positions import rope_table
 
 CAPS = [None, 1.5]
@@ -411,24 +411,6 @@ def test_a_second_derivative_raises(name: str) -> None:
     gradient = torch.autograd.grad(function(*inputs).square().sum(), inputs[0], create_graph=True)[0]
     with pytest.raises(RuntimeError):
         gradient.square().sum().backward()
-
-
-@pytest.mark.parametrize("length", [12, 400])
-@pytest.mark.parametrize("masked", [False, True])
-def test_fused_attention_computes_short_sequences_in_float32_if_the_inputs_are_bfloat16(length: int, masked: bool) -> None:
-    shapes = ((2, 4, length, 32), (2, 2, length, 32), (2, 2, length, 32))
-    inputs = [_random(*shape, seed=seed, dtype=torch.bfloat16) for seed, shape in enumerate(shapes)]
-    mask = (torch.arange(length) < length - 3).expand(2, 1, 1, length) if masked else None
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return fused_attention(q, k, v, mask, is_causal=not masked, grouped=True)
-
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = _output_and_gradients(attention, *inputs)
-    expected = _output_and_gradients(attention, *(tensor.detach().float().requires_grad_() for tensor in inputs))
-    assert actual[0].dtype == torch.bfloat16
-    assert torch.equal(actual[0], expected[0].bfloat16()) == (length == 12)
-    _assert_near([tensor.float() for tensor in actual], expected, 0.02)
 
 
 def test_select_targets_rounds_the_number_of_rows_up_only_under_autocast() -> None:

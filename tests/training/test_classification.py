@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from tinylm.data import formats
 from tinylm.data.framing import Framing
+from tinylm.data.labels import read_parts
 from tinylm.ensemble import Ensemble
 from tinylm.errors import InputError, TinylmWarning
 from tinylm.evaluation import classification, confusion_plot
@@ -26,7 +27,7 @@ from tinylm.model.classifier import SequenceClassifier, pool
 from tinylm.model.init_from import load_pretrained
 from tinylm.pipeline import train
 from tinylm.recipe import RecipeError, load, loads
-from tinylm.recipe.labels import ClassificationObjective
+from tinylm.recipe.labels import ClassificationObjective, LabelsSection
 from tinylm.recipe.schema import LoraSection, ModelVariant, Recipe
 from tinylm.reporting import SILENT
 from tinylm.run import Run
@@ -263,6 +264,45 @@ def test_an_ensemble_predicts_the_mean_of_the_probabilities(run: Run) -> None:
     document = evaluate_classifier(ensemble, baselines=False, device="cpu").as_dict()
     assert [member["step"] for member in document["members"]] == [steps[0], steps[-1]]
     assert document["step"] is None
+
+
+@pytest.fixture(scope="module")
+def wordpiece_run(folder: Path) -> Run:
+    """A classifier for the same texts as `run`, with another tokenizer and a shorter context."""
+    shape = MODELS["encoder"].replace("context_length: 16", "context_length: 8")
+    recipe = classifier_recipe(folder, model=shape, tokenizer="{kind: wordpiece, vocab_size: 60}")
+    train(recipe, folder / "wordpiece", device="cpu")
+    return Run.open(folder / "wordpiece")
+
+
+def test_classifiers_with_different_tokenizers_form_an_ensemble(run: Run, wordpiece_run: Run) -> None:
+    runs = [run, wordpiece_run]
+    assert run.tokenizer.fingerprint != wordpiece_run.tokenizer.fingerprint
+    assert isinstance(run.recipe.data, LabelsSection)
+    heldout = read_parts(run.recipe.data, SILENT).texts["heldout"]
+    texts = [item.text for item in heldout]
+    each = [list(TextClassifier(Ensemble.of([member]), torch.device("cpu")).classify(texts)) for member in runs]
+    together = TextClassifier(Ensemble.of(runs), torch.device("cpu"))
+    for prediction, *own in zip(together.classify(texts), *each, strict=True):
+        for label, probability in prediction.probabilities.items():
+            assert probability == pytest.approx(np.mean([member.probabilities[label] for member in own]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the runs have the same texts
+        results = [evaluate_classifier(Ensemble.of(order), baselines=False, device="cpu") for order in (runs, runs[::-1])]
+    assert results[0].scores.accuracy == results[1].scores.accuracy
+    predicted = together.predict(together.own_texts("heldout")).argmax(axis=1)
+    credit = [together.labels[index] == item.label for index, item in zip(predicted, heldout, strict=True)]
+    assert results[0].scores.accuracy == pytest.approx(np.mean(credit))
+    assert together.calibrate() > 0
+
+
+def test_an_ensemble_with_different_tokenizers_requires_the_original_texts(run: Run, wordpiece_run: Run, tmp_path: Path) -> None:
+    document = (run.path / "recipe.yaml").read_text(encoding="utf-8")
+    shutil.copytree(run.path, tmp_path / "moved")
+    (tmp_path / "moved" / "recipe.yaml").write_text(document.replace("labeled", "missing"), encoding="utf-8")
+    ensemble = Ensemble.of([Run.open(tmp_path / "moved"), wordpiece_run])
+    with pytest.raises(InputError, match="missing"):
+        evaluate_classifier(ensemble, baselines=False, device="cpu")
 
 
 def test_cls_pooling_requires_a_bidirectional_model(folder: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bigram import BigramSection, registered
-from conftest import tiny_recipe
+from conftest import StopAt, tiny_recipe
 from tiny import add_noise_, causal_batch, ids, model, section
 from torch import Tensor
 
@@ -30,7 +30,6 @@ from tinylm.recipe.schema import ModelVariant
 from tinylm.run import Run
 from tinylm.training.distillation import Distillation, Teachers
 from tinylm.training.feed import LocalBatch
-from tinylm.training.metrics import Observer
 from tinylm.training.objectives import CausalLM
 from tinylm.training.precision import Precision
 from tinylm.training.step import GradientSettings, accumulate
@@ -176,15 +175,6 @@ def test_an_ngram_model_can_be_a_teacher() -> None:
     torch.testing.assert_close(sums, torch.stack(_reference(network, [teacher], batch, 0.5)))
 
 
-class _StopAfter(Observer):
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def saved(self, step: int) -> None:
-        if step == self._step:
-            self.request_stop()
-
-
 def _recipe(text: Path, *teachers: Path, **settings: object) -> Any:
     listed = ", ".join(map(str, teachers))
     values = {"training.steps": 6, "checkpoint.every": 3, "evaluation.every": 6, "seed": 8, **settings}
@@ -205,7 +195,7 @@ def distilled(tiny_run: Run, text_file: Path, tmp_path_factory: pytest.TempPathF
 
 def test_a_resumed_run_equals_an_uninterrupted_one(distilled: Run, tiny_run: Run, text_file: Path, tmp_path: Path) -> None:
     recipe = _recipe(text_file, tiny_run.path)
-    assert train(recipe, tmp_path / "a", device="cpu", observer=_StopAfter(3)).step < 6
+    assert train(recipe, tmp_path / "a", device="cpu", observer=StopAt(3)).step < 6
     assert train(recipe, tmp_path / "a", device="cpu", resume=True).step == 6
     assert _lines(tmp_path / "a") == _lines(distilled.path)
     weights = "checkpoints/step-000006/model.safetensors"

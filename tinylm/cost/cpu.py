@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from tinylm.cost.memory import attends_in_float32
 from tinylm.cpu_load import available_cores, cpu_share
 from tinylm.recipe.values import ComputeDtype
 
@@ -39,9 +38,6 @@ state). Assumed."""
 SCORE_SECONDS = 4e-9
 """Core-seconds per attention score (batch x heads x time x time) in the forward and backward pass. Half of the scores are masked.
 The others are exponentiated twice. Fitted."""
-QUERY_BLOCK_SECONDS = 130e-6
-"""Core-seconds per block of queries in the 16-bit backward pass of attention. Small 16-bit products have a fixed cost that float32
-products do not have. Fitted. A profile of 48 (sequence, head) pairs with 64 positions showed 70e-6 per block of 32 queries."""
 LAUNCH_SECONDS = 8e-6
 """Seconds to launch a kernel from Python. Assumed. Typical values are 5 to 10 microseconds."""
 KERNELS = {"eager": 90, "compiled": 40}
@@ -98,7 +94,7 @@ class Work:
     """The amount of work in one optimizer step, summed over all micro-batches.
 
     For the forward and backward pass, these are the FLOPs in matrix products, the bytes moved outside them, the attention scores
-    and blocks of queries (over all layers, heads and sequences), and the launched kernels. For the optimizer, they are the bytes
+    (over all layers, heads and sequences), and the launched kernels. For the optimizer, they are the bytes
     moved (`state_bytes`, which includes zeroing the gradients), the launched kernels, and the FLOPs and precision of the
     Newton-Schulz iteration.
     """
@@ -107,7 +103,6 @@ class Work:
     matmul_flops: float
     elementwise_bytes: float
     scores: float
-    query_blocks: float
     kernels: float
     state_bytes: float
     update_kernels: float
@@ -138,14 +133,12 @@ class CpuSeconds:
 def step_seconds(processor: Processor, work: Work) -> CpuSeconds:
     """Estimate the time of a step. Its parts are added because the kernels run sequentially and each uses all cores."""
     cores = min(processor.cores, MAX_MEMORY_CORES)
-    half = work.precision != "fp32"
-    attention = work.scores * SCORE_SECONDS + (work.query_blocks * QUERY_BLOCK_SECONDS if half else 0.0)
     newton_schulz = work.newton_schulz_flops / (MATMUL_EFFICIENCY * processor.matmul_flops_in(work.newton_schulz_precision))
     memory = work.state_bytes / (STATE_EFFICIENCY * cores * processor.state_bandwidth)
     return CpuSeconds(
         matmul=work.matmul_flops / (MATMUL_EFFICIENCY * processor.matmul_flops_in(work.precision)),
         elementwise=work.elementwise_bytes / (ELEMENTWISE_EFFICIENCY * cores * processor.bandwidth),
-        attention=attention / processor.cores,
+        attention=work.scores * SCORE_SECONDS / processor.cores,
         launches=work.kernels * LAUNCH_SECONDS,
         optimizer=newton_schulz + memory + work.update_kernels * LAUNCH_SECONDS,
     )
@@ -156,14 +149,6 @@ def kernels(layers: int, ngram_orders: int, precision: ComputeDtype, *, compiled
     kind = "compiled" if compiled else "eager"
     block = KERNELS[kind] + (CAST_KERNELS[kind] if precision != "fp32" else 0)
     return layers * block + ngram_orders * TABLE_KERNELS + OUTSIDE_KERNELS
-
-
-def query_blocks(sequences: int, heads: int, context_length: int, head_width: int) -> int:
-    """Return the number of 16-bit query blocks per layer in the backward pass of torch's attention (`FlashAttentionKernel.cpp`)."""
-    if attends_in_float32(context_length, head_width):
-        return 0
-    size = 256 if context_length >= 768 else 64 if context_length >= 192 else 32
-    return sequences * heads * math.ceil(context_length / size)
 
 
 def newton_schulz_flops(rows: int, columns: int, steps: int) -> int:

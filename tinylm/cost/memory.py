@@ -50,8 +50,6 @@ _EVALUATION_WIDTHS = 32
 """Upper bound on the number of float32 values per token and channel that an evaluation stores at a time: the residual stream, a
 wide feed-forward layer, and queries, keys and values."""
 
-FLOAT32_ATTENTION_ELEMENTS = 12288
-"""See `attends_in_float32`."""
 ZOLOTAREV_BATCH = 6
 """Maximum number of matrices that Muon orthogonalizes together with a Zolotarev function. Larger batches are not faster."""
 LAPACK_ROWS = 48
@@ -127,12 +125,12 @@ def _has_value_embedding(model: TransformerSection, layer: int) -> bool:
     return layer < model.value_embeddings or layer >= model.n_layer - model.value_embeddings
 
 
-def attends_in_float32(length: int, head_width: int) -> bool:
-    """Whether attention over `length` keys computes in float32 although its inputs are bfloat16, in training on a CPU.
+def _shares_mask(model: TransformerSection, config: PassConfig) -> bool:
+    """Whether all blocks save the same boolean document mask. Otherwise, each block saves it as numbers.
 
-    torch's gradient of attention in bfloat16 takes up to five times as long for short sequences.
+    See `tinylm.model.fused_attention` for bfloat16 on a CPU.
     """
-    return length * head_width <= FLOAT32_ATTENTION_ELEMENTS
+    return config.document_mask and config.precision == "bf16" and not config.on_gpu and not model.attention_dropout_p
 
 
 def _attention_bytes(model: TransformerSection, config: PassConfig, layer: int) -> int:
@@ -144,26 +142,19 @@ def _attention_bytes(model: TransformerSection, config: PassConfig, layer: int) 
     mixes_values = model.value_residual and layer > 0
     fused = not model.attention_dropout_p or config.on_gpu  # CPUs have no fused attention with dropout
     # If any view of the query, key and value projection is saved, the whole projection is.
-    in_float32 = (
-        fused and config.precision == "bf16" and not config.on_gpu and attends_in_float32(model.context_length, model.head_width)
-    )
-    in_dtype = fused and not in_float32
-    views = not (model.qk_norm or rotated) and in_dtype  # attention saves queries and keys as views of the projection
+    views = not (model.qk_norm or rotated) and fused  # attention saves queries and keys as views of the projection
     by_norm = model.qk_norm and config.on_gpu
-    saved_values = in_dtype or model.value_residual  # saved by attention or for a value residual
+    saved_values = fused or model.value_residual  # saved by attention or for a value residual
     total = (qk + keys) * e if views or by_norm or (saved_values and not _has_value_embedding(model, layer)) else 0
     if model.qk_norm:
         total += (heads + kv_heads) * (4 if config.on_gpu else e)
         total += qk * e if has_gain or not config.on_gpu else 0
-    if in_float32:
-        total += 4 * (qk + keys + queries + heads)
-        total += 4 * model.context_length if config.document_mask else 0
-    elif fused:
+    if fused:
         total += qk * e if rotated or (model.qk_norm if config.on_gpu else has_gain) else 0
         total += keys * e if mixes_values else 0
         total += keys * e if model.shifted_key_heads else 0
         total += 4 * heads
-        total += model.context_length * e if config.document_mask else 0
+        total += model.context_length * e if config.document_mask and not _shares_mask(model, config) else 0
     else:  # q, k, v and three score matrices per head, in float32
         total += 3 * queries * 4 + 3 * heads * model.context_length * 4
     total += keys * e if _has_value_embedding(model, layer) and saved_values else 0
@@ -235,7 +226,8 @@ def saved_bytes(model: TransformerSection, config: PassConfig) -> int:
         per_token = outside_block_bytes(model, config) + inputs * model.n_embd * config.s + _first_values_bytes(model, config)
         return tokens * per_token + head + projection_cast
     blocks = sum(block_bytes(model, config, layer) for layer in range(model.n_layer))
-    return tokens * (outside_block_bytes(model, config) + blocks) + head + _cast_bytes(model, config)
+    mask = model.context_length if _shares_mask(model, config) else 0
+    return tokens * (outside_block_bytes(model, config) + blocks + mask) + head + _cast_bytes(model, config)
 
 
 def _first_values_bytes(model: TransformerSection, config: PassConfig) -> int:

@@ -90,10 +90,6 @@ class NetworkCost(ABC, Generic[M]):
         """Return the FLOPs of the forward and backward pass."""
         return self.weight_flops(lora) + self.attention_flops
 
-    def query_blocks(self, sequences: int) -> int:
-        """Return the number of query blocks in the backward pass of attention. See `cpu.query_blocks`."""
-        return 0
-
     @abstractmethod
     def kernels(self, precision: ComputeDtype, *, compiled: bool) -> float:
         """Return the number of kernels in the forward and backward pass of a micro-batch."""
@@ -222,11 +218,6 @@ class TransformerCost(NetworkCost[TransformerSection]):
     @property
     def attention_flops(self) -> float:
         return (12 if self.model.bidirectional else 6) * self.scores * self.model.head_width
-
-    def query_blocks(self, sequences: int) -> int:
-        return self.model.n_layer * cpu.query_blocks(
-            sequences, self.model.n_head, math.ceil(self.size.length), self.model.head_width
-        )
 
     def kernels(self, precision: ComputeDtype, *, compiled: bool) -> float:
         return cpu.kernels(self.model.n_layer, len(self.model.ngram_embeddings), precision, compiled=compiled)
@@ -408,12 +399,6 @@ class EncoderDecoderCost(TranslatorCost[EncoderDecoderSection]):
     def attention_flops(self) -> float:
         encoder, causal, cross = self._layer_scores
         return self._decoder.head_width * (12 * encoder + 6 * causal + 12 * cross)
-
-    def query_blocks(self, sequences: int) -> int:
-        source, target = math.ceil(self.size.source_length), math.ceil(self.size.length)
-        heads, width = self.model.n_head, self._decoder.head_width
-        in_encoder = self.model.n_layer * cpu.query_blocks(sequences, heads, source, width)
-        return in_encoder + 2 * self.model.decoder_layers * cpu.query_blocks(sequences, heads, target, width)
 
     def kernels(self, precision: ComputeDtype, *, compiled: bool) -> float:
         blocks = self.model.n_layer + round((1 + _CROSS_ATTENTION_SHARE) * self.model.decoder_layers)

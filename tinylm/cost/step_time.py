@@ -208,7 +208,6 @@ def cpu_seconds(
         matmul_flops=factor * sequences * network.weight_flops(training.lora),
         elementwise_bytes=factor * sequences * network.elementwise_bytes(precision, compiled=compiled),
         scores=factor * sequences * network.scores,
-        query_blocks=network.query_blocks(sequences),
         kernels=factor * micro_batches * network.kernels(precision, compiled=compiled),
         state_bytes=state_bytes,
         update_kernels=cpu.UPDATE_KERNELS * (network.depth + 1),

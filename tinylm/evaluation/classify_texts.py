@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from tinylm.data.framing import Framing, TextCounts
-from tinylm.data.labels import LabeledShard, open_labeled
-from tinylm.ensemble import Ensemble
+from tinylm.data.labels import LabeledParts, LabeledShard, open_labeled, read_parts
+from tinylm.ensemble import Ensemble, Member
 from tinylm.errors import InputError
 from tinylm.evaluation import classification
 from tinylm.evaluation.scoring import ensemble_losses
 from tinylm.model.base import Model
 from tinylm.recipe.labels import ClassificationObjective, LabelsSection
+from tinylm.reporting import SILENT
 from tinylm.run import Run
 from tinylm.tokenizer import Tokenizer
+
+EncodedTexts: TypeAlias = dict[str, list[np.ndarray]]
+"""The token ids of the same texts for one or more tokenizers. The keys are the fingerprints of the tokenizers."""
 
 _CHUNK = 4096
 """Number of texts per chunk. Texts are sorted by length within a chunk."""
@@ -59,18 +64,44 @@ def heldout_texts(run: Run, split: str = "heldout") -> LabeledShard:
     return open_labeled(run.path / "heldout", split, run.tokenizer.vocab_size)
 
 
+def original_parts(member: Member) -> LabeledParts:
+    """Read the labeled texts that a classifier was trained and evaluated on.
+
+    Raises `InputError` if they are missing or have changed since the run was trained.
+    """
+    run, data = member.run, member.run.recipe.data
+    if not isinstance(data, LabelsSection):
+        raise InputError("the training texts of an imported model are not available", where=member.path)
+    parts = read_parts(data, SILENT)
+    if parts.encoded_fingerprint(run.tokenizer) != member.checkpoint.state["fingerprints"]["data"]:
+        raise InputError("the training texts have changed since the run was trained", where=str(run.path / "recipe.yaml"))
+    return parts
+
+
+@dataclass(frozen=True)
+class _Network:
+    """A member of an ensemble."""
+
+    model: Model
+    framing: Framing
+    tokenizer: str
+    """The fingerprint of its tokenizer."""
+
+
 class TextClassifier:
     """Classifies texts with a network, or with the mean of the probabilities of several networks."""
 
     def __init__(self, ensemble: Ensemble, device: torch.device) -> None:
         """Raises `InputError` if a run was not trained for classification."""
-        self._run = ensemble.members[0].run
-        self.labels = require_classifier(self._run).labels
-        self._tokenizer: Tokenizer = self._run.tokenizer
-        self._members: list[tuple[Model, Framing]] = []
+        self._ensemble = ensemble
+        self.labels = require_classifier(ensemble.members[0].run).labels
+        self._tokenizers: dict[str, Tokenizer] = {}
+        self._networks: list[_Network] = []
         for member in ensemble.members:
-            network = member.run.network(member.checkpoint, device)
-            self._members.append((network, Framing.of(self._tokenizer, network.model, truncation(member.run))))
+            tokenizer, model = member.run.tokenizer, member.run.network(member.checkpoint, device)
+            self._tokenizers.setdefault(tokenizer.fingerprint, tokenizer)
+            framing = Framing.of(tokenizer, model.model, truncation(member.run))
+            self._networks.append(_Network(model, framing, tokenizer.fingerprint))
         self.temperature = 1.0
         self.counts = TextCounts()
         """The texts that `classify` has skipped or truncated so far."""
@@ -80,44 +111,57 @@ class TextClassifier:
 
         Returns the temperature. Raises `InputError` if the run has no held-out texts.
         """
-        texts = heldout_texts(self._run)
-        logits = self.predict(texts.documents())
-        self.temperature = classification.fit_temperature(logits, texts.ids(self.labels))
+        heldout = heldout_texts(self._ensemble.members[0].run)
+        logits = self.predict(self.own_texts("heldout"))
+        self.temperature = classification.fit_temperature(logits, heldout.ids(self.labels))
         return self.temperature
+
+    def own_texts(self, split: str) -> EncodedTexts:
+        """Encode the held-out or test texts of the first run.
+
+        They are saved as tokens. If other networks have other tokenizers, the original texts are also required. Raises
+        `InputError` if the texts are missing or have changed.
+        """
+        first = self._ensemble.members[0]
+        encoded = {first.run.tokenizer.fingerprint: heldout_texts(first.run, split).documents()}
+        if len(self._tokenizers) > 1:
+            return self.encode([item.text for item in original_parts(first).texts[split]]) | encoded
+        return encoded
+
+    def encode(self, texts: Sequence[str]) -> EncodedTexts:
+        """Encode texts with the tokenizer of each network."""
+        return {
+            fingerprint: [np.array(tokenizer.encode(text), dtype=np.int64) for text in texts]
+            for fingerprint, tokenizer in self._tokenizers.items()
+        }
+
+    def count(self, texts: EncodedTexts, counts: TextCounts) -> None:
+        """Add the number of texts that the network with the least room for tokens truncates to `counts`."""
+        shortest = min(self._networks, key=lambda network: network.framing.room)
+        counts.add(map(len, texts[shortest.tokenizer]), shortest.framing.room)
 
     def classify(self, texts: Iterable[str]) -> Iterator[Prediction]:
         """Yield a prediction for each text that is not empty, in order. `counts` is updated."""
         remaining = self.counts.without_empty(texts)
         while chunk := list(islice(remaining, _CHUNK)):
-            documents = self._encode(chunk)
-            self.counts.add(map(len, documents), self.room)
-            logits = self.predict(documents) / self.temperature
+            encoded = self.encode(chunk)
+            self.count(encoded, self.counts)
+            logits = self.predict(encoded) / self.temperature
             probabilities = np.exp(classification.log_softmax(logits))
             for text, row in zip(chunk, probabilities, strict=True):
                 yield Prediction(text, self.labels[int(row.argmax())], dict(zip(self.labels, map(float, row), strict=True)))
 
-    def logits(self, texts: list[str]) -> np.ndarray:
-        """Return the logits (texts, labels) before calibration."""
-        return self.predict(self._encode(texts))
-
-    @property
-    def room(self) -> int:
-        """The number of tokens of a text that every network reads."""
-        return min(framing.room for _, framing in self._members)
-
-    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.array(self._tokenizer.encode(text), dtype=np.int64) for text in texts]
-
-    def predict(self, documents: Sequence[np.ndarray], on_progress: Callable[[int], None] = lambda tokens: None) -> np.ndarray:
-        """Return the logits (texts, labels) for texts given as token ids. For several networks, these are log-probabilities."""
-        logits = self.predict_each(documents, on_progress)
+    def predict(self, texts: EncodedTexts, on_progress: Callable[[int], None] = lambda tokens: None) -> np.ndarray:
+        """Return the logits (texts, labels). For several networks, these are log-probabilities."""
+        logits = self.predict_each(texts, on_progress)
         return logits[0] if len(logits) == 1 else mean_log_probabilities(logits)
 
-    def predict_each(
-        self, documents: Sequence[np.ndarray], on_progress: Callable[[int], None] = lambda tokens: None
-    ) -> list[np.ndarray]:
+    def predict_each(self, texts: EncodedTexts, on_progress: Callable[[int], None] = lambda tokens: None) -> list[np.ndarray]:
         """Return the logits (texts, labels) of each network."""
-        return [classification.predict(network, documents, framing, on_progress=on_progress) for network, framing in self._members]
+        return [
+            classification.predict(network.model, texts[network.tokenizer], network.framing, on_progress=on_progress)
+            for network in self._networks
+        ]
 
 
 def mean_log_probabilities(logits: Sequence[np.ndarray]) -> np.ndarray:

@@ -10,17 +10,24 @@ import numpy as np
 
 from tinylm import device as devices
 from tinylm.data.framing import TextCounts
-from tinylm.data.labels import UNSEEN, read_parts
+from tinylm.data.labels import UNSEEN
 from tinylm.ensemble import Ensemble, Member
 from tinylm.errors import InputError
 from tinylm.evaluation import classification
 from tinylm.evaluation.classification import ClassifierScores
-from tinylm.evaluation.classify_texts import TextClassifier, heldout_texts, mean_log_probabilities, require_classifier
+from tinylm.evaluation.classify_texts import (
+    EncodedTexts,
+    TextClassifier,
+    heldout_texts,
+    mean_log_probabilities,
+    original_parts,
+    require_classifier,
+)
 from tinylm.evaluation.intervals import PairedDifference, bootstrap_ratio, paired_difference
 from tinylm.evaluation.label_baselines import majority_scores, tfidf_linear_scores
 from tinylm.recipe.labels import LabelsSection
 from tinylm.reporting import SILENT, Reporter
-from tinylm.run import Checkpoint, Run
+from tinylm.run import Run
 from tinylm.text.labeled import LabeledText, read_labeled
 from tinylm.text.sources import describe
 
@@ -126,35 +133,35 @@ def evaluate_classifier(
     not a classifier, or if a source cannot be read.
     """
     ensemble = model if isinstance(model, Ensemble) else Ensemble.of([model])
-    run, chosen = ensemble.members[0].run, ensemble.members[0].checkpoint
-    labels = require_classifier(run).labels
+    first = ensemble.members[0]
+    labels = require_classifier(first.run).labels
     classifier = TextClassifier(ensemble, devices.resolve(device))
     counts = TextCounts()
-    items = _read(run, sources, counts, text_field, label_field) if sources else []
-    documents, names = _encoded(run, items, split)
+    items = _read(first.run, sources, counts, text_field, label_field) if sources else []
+    texts, names = _encoded(classifier, first.run, items, split)
     if sources:
-        counts.add(map(len, documents), classifier.room)
+        classifier.count(texts, counts)
         counts.report(reporter)
     targets = _ids(names, labels)
     with reporter.progress("classifying", None, "tokens") as advance:
-        each = classifier.predict_each(documents, advance)
+        each = classifier.predict_each(texts, advance)
     logits = each[0] if ensemble.is_single else mean_log_probabilities(each)
     scores = classification.score(logits, targets)
-    for member in ensemble.members[1:]:
-        if not sources and member.checkpoint.state.get("fingerprints") != chosen.state.get("fingerprints"):
-            reporter.warn(f"{member.path} was trained on other texts than {run.path}, so it may know some of these texts")
+    for member in ensemble.members[1:] if not sources else ():
+        if not _same_texts(first, member):
+            reporter.warn(f"{member.path} was trained on other texts than {first.path}, so it may know some of these texts")
     return ClassifierEvaluation(
         run=ensemble.name,
         checkpoint=ensemble.checkpoint,
-        step=chosen.step if ensemble.is_single else None,
+        step=first.checkpoint.step if ensemble.is_single else None,
         text=describe(sources) if sources else f"the run's {'test' if split == 'test' else 'held-out'} texts",
         split=None if sources else split,
         labels=labels,
         scores=scores,
         unseen=int((targets == UNSEEN).sum()),
         calibration=classification.fit_temperature(logits, targets) if (targets >= 0).any() else float("nan"),
-        mistakes=_mistakes(run, documents, names, labels, logits, mistakes),
-        baselines=_baselines(run, chosen, items, split, logits, targets, reporter) if baselines else {},
+        mistakes=_mistakes(first.run, texts, names, labels, logits, mistakes),
+        baselines=_baselines(first, items, split, logits, targets, reporter) if baselines else {},
         members=[] if ensemble.is_single else _members(ensemble, each, logits, targets),
     )
 
@@ -179,18 +186,18 @@ def compare_classifiers(
     for model in models:
         run = model.members[0].run
         labels = require_classifier(run).labels
-        documents, names = _encoded(run, items, split)
+        classifier = TextClassifier(model, devices.resolve(device))
+        texts, names = _encoded(classifier, run, items, split)
         if names != (expected or names):
             raise InputError(
                 "its texts have other labels than those of the first run", where=model.name, hint="choose texts with --on"
             )
         expected = names
-        classifier = TextClassifier(model, devices.resolve(device))
         if sources and model is models[0]:
-            counts.add(map(len, documents), classifier.room)
+            classifier.count(texts, counts)
             counts.report(reporter)
         with reporter.progress("classifying", None, "tokens") as advance:
-            logits = classifier.predict(documents, advance)
+            logits = classifier.predict(texts, advance)
         credits.append(classification.credits(logits, _ids(names, labels)))
     return [paired_difference(credits[0], other, np.ones(len(other))) for other in credits[1:]]
 
@@ -227,12 +234,23 @@ def _read(
     return items
 
 
-def _encoded(run: Run, items: Sequence[LabeledText], split: str) -> tuple[list[np.ndarray], list[str]]:
+def _encoded(classifier: TextClassifier, run: Run, items: Sequence[LabeledText], split: str) -> tuple[EncodedTexts, list[str]]:
     """Return the token ids and the labels of `items`, or of the run's own texts if there are none."""
     if items:
-        return [np.array(run.tokenizer.encode(item.text), dtype=np.int64) for item in items], [item.label for item in items]
+        return classifier.encode([item.text for item in items]), [item.label for item in items]
     shard = heldout_texts(run, split)
-    return shard.documents(), [shard.names[id] for id in shard.labels]
+    return classifier.own_texts(split), [shard.names[id] for id in shard.labels]
+
+
+def _same_texts(first: Member, second: Member) -> bool:
+    """Whether two classifiers were trained and evaluated on the same texts. If this cannot be determined, it is False."""
+    fingerprints = [member.checkpoint.state.get("fingerprints", {}).get("data") for member in (first, second)]
+    if first.run.tokenizer.fingerprint == second.run.tokenizer.fingerprint:
+        return bool(fingerprints[0] == fingerprints[1])
+    try:
+        return bool(original_parts(first).encoded_fingerprint(second.run.tokenizer) == fingerprints[1])
+    except InputError:
+        return False
 
 
 def _ids(names: Sequence[str], labels: Sequence[str]) -> np.ndarray:
@@ -242,13 +260,14 @@ def _ids(names: Sequence[str], labels: Sequence[str]) -> np.ndarray:
 
 
 def _mistakes(
-    run: Run, documents: Sequence[np.ndarray], names: Sequence[str], labels: Sequence[str], logits: np.ndarray, count: int
+    run: Run, texts: EncodedTexts, names: Sequence[str], labels: Sequence[str], logits: np.ndarray, count: int
 ) -> list[Mistake]:
     """Return the `count` incorrect predictions with the highest probabilities."""
     probabilities = np.exp(classification.log_softmax(logits))
     predicted = probabilities.argmax(axis=1)
     confidence = probabilities.max(axis=1)
     wrong = [index for index in np.argsort(-confidence, kind="stable") if labels[predicted[index]] != names[index]]
+    documents = texts[run.tokenizer.fingerprint]
     return [
         Mistake(run.tokenizer.decode(documents[i].tolist()), names[i], labels[predicted[i]], float(confidence[i]))
         for i in wrong[:count]
@@ -256,8 +275,7 @@ def _mistakes(
 
 
 def _baselines(
-    run: Run,
-    checkpoint: Checkpoint,
+    member: Member,
     items: Sequence[LabeledText],
     split: str,
     logits: np.ndarray,
@@ -265,29 +283,18 @@ def _baselines(
     reporter: Reporter,
 ) -> dict[str, Baseline]:
     """Evaluate the baselines on the same texts as the model. `items` is empty for the run's own texts."""
-    objective = require_classifier(run)
+    objective = require_classifier(member.run)
     credits = classification.credits(logits, targets)
     scores = {}
     if objective.label_counts:
         scores[MAJORITY] = majority_scores(objective.label_counts, len(targets))
     try:
-        parts = _parts(run, checkpoint)
+        parts = original_parts(member).texts
         texts = [item.text for item in (items or parts[split])]
         scores[TFIDF] = tfidf_linear_scores(parts["train"], texts, objective.labels)
     except InputError as error:
         reporter.warn(f"no {TFIDF} baseline: {error}")
     return {name: _baseline(values, credits, targets) for name, values in scores.items()}
-
-
-def _parts(run: Run, checkpoint: Checkpoint) -> dict[str, list[LabeledText]]:
-    """Return a run's labeled texts by split. Raises `InputError` if they are missing or have changed since the run was trained."""
-    data = run.recipe.data
-    if not isinstance(data, LabelsSection):
-        raise InputError("the training texts of an imported model are not available", where=str(run.path))
-    parts = read_parts(data, SILENT)
-    if parts.encoded_fingerprint(run.tokenizer) != checkpoint.state["fingerprints"]["data"]:
-        raise InputError("the training texts have changed since the run was trained", where=str(run.path / "recipe.yaml"))
-    return parts.texts
 
 
 def _baseline(values: np.ndarray, model_credits: np.ndarray, targets: np.ndarray) -> Baseline:

@@ -21,7 +21,7 @@ from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tinylm.cost.memory import FUSED_LOSS_FROM, LOSS_ROWS_FP16, attends_in_float32, fused_loss_rows
+from tinylm.cost.memory import FUSED_LOSS_FROM, LOSS_ROWS_FP16, fused_loss_rows
 from tinylm.errors import first_line
 
 _ROWS_MULTIPLE = 64
@@ -110,25 +110,6 @@ def rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
             return F.rms_norm(x, x.shape[-1:], gain, eps)
     normed: Tensor = _RMSNorm.apply(x, gain, eps)  # type: ignore[no-untyped-call]
     return normed
-
-
-def fused_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool, dropout: float = 0.0, grouped: bool = False
-) -> Tensor:
-    """softmax(q k' / sqrt(D)) v: queries (B, H, T, D), keys and values (B, K, S, D) -> (B, H, T, D), in the dtype of `q`.
-
-    `mask` broadcasts to (B, H, T, S); True means that a query attends to a key. `grouped`: K divides H, and H / K query heads share
-    a key head. See `attends_in_float32` for short sequences in bfloat16.
-    """
-    attend = functools.partial(
-        F.scaled_dot_product_attention, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=grouped
-    )
-    in_training = torch.is_grad_enabled() and q.requires_grad
-    in_bfloat16 = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    if not (in_training and in_bfloat16 and attends_in_float32(k.shape[2], k.shape[3])):
-        return attend(q, k, v)
-    with torch.autocast(q.device.type, enabled=False):
-        return attend(q.float(), k.float(), v.float()).to(q.dtype)
 
 
 def _rotate_pairs(x: Tensor, cosines: Tensor, sines: Tensor, direction: int) -> Tensor:

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tinylm.model.block_mask import block_masked_attention
 from tinylm.model.cache import CacheRows
-from tinylm.model.functions import Dropout, fused_attention, relu_squared, rms_norm, rotate
+from tinylm.model.functions import Dropout, relu_squared, rms_norm, rotate
+from tinylm.model.fused_attention import fused_attention
 from tinylm.model.hooks import HookPoint
 from tinylm.recipe.schema import TransformerSection
 
