@@ -17,8 +17,7 @@ from tinylm.recipe.schema import MuonOptimizer, TransformerSection
 from tinylm.recipe.values import ComputeDtype
 
 LOSS_BYTES = {"cpu": 16 << 20, "gpu": 512 << 20}
-"""Size in bytes of each chunk of float32 logits in the training loss. On a CPU, a chunk fits in the cache. On a GPU, it is large
-enough to keep the device busy."""
+"""Size in bytes of each chunk of float32 logits in the training loss. On a GPU, it is large enough to keep the device busy."""
 FUSED_LOSS_BYTES = 2 << 30
 """Maximum size in bytes of a chunk of float32 logits in the compiled loss on CUDA. Large chunks are faster because each chunk reads
 and writes the head's whole gradient."""
@@ -30,6 +29,8 @@ FUSED_LOSS_FROM = 1 << 30
 about 3 ms per gigabyte on an H200."""
 ROW_MULTIPLE = 128
 """The number of rows in a chunk of the compiled loss is a multiple of this, the tile size of matrix products on tensor cores."""
+LOSS_BLOCK = 1 << 18
+"""On a CPU, the loss is computed for about this many logits at a time, which take 1 MiB in float32 and fit in a core's cache."""
 LOSS_ROWS = 512
 """Minimum number of rows in a chunk of logits. Smaller chunks are slower and update the head's gradient more often."""
 LOSS_ROWS_FP16 = 4096
@@ -246,6 +247,11 @@ def loss_chunk_rows(vocab_size: int, *, on_gpu: bool) -> int:
     return max(LOSS_ROWS, LOSS_BYTES["gpu" if on_gpu else "cpu"] // (4 * vocab_size))
 
 
+def loss_block_rows(vocab_size: int) -> int:
+    """Return the number of rows for which the training loss on a CPU is computed at a time."""
+    return max(1, LOSS_BLOCK // vocab_size)
+
+
 def fused_loss_rows(rows: int, vocab_size: int, plain: int) -> int:
     """Return the number of rows in each chunk of logits in the compiled loss, for a micro-batch with `rows` rows.
 
@@ -270,11 +276,13 @@ def loss_bytes(model: TransformerSection, config: PassConfig) -> int:
     fused_chunk = fused_loss_rows(tokens, config.vocab_size, chunk)
     if config.precision == "fp16":
         chunk, fused_chunk = min(chunk, LOSS_ROWS_FP16), min(fused_chunk, LOSS_ROWS_FP16)
-    # Bytes per logit: the float32 logits, plus their log-softmax on a GPU, or the 16-bit logits or their gradient on a CPU.
-    copies = 8 if config.on_gpu else 4 + (config.e if config.e < 4 else 0)
-    if model.logit_softcap is not None:
-        copies = 12 if config.on_gpu else 8  # includes the capped logits, which the gradient needs
-    logits = min(chunk, tokens) * copies
+    capped = model.logit_softcap is not None
+    rows = min(chunk, tokens)
+    if config.on_gpu:  # float32 logits, their log-softmax and, for the gradient, the capped logits
+        logits = rows * (12 if capped else 8)
+    else:  # the gradients overwrite the logits; only the rows of one block are also stored in float32, and capped
+        copies = (config.e < 4) + capped
+        logits = rows * config.e + copies * 4 * min(rows, loss_block_rows(config.vocab_size))
     if config.on_gpu and 4 * tokens * config.vocab_size >= FUSED_LOSS_FROM:
         logits = max(logits, min(fused_chunk, tokens) * 2 * config.e)  # the logits and their gradient
     # 16-bit precision also needs a copy of the head's weights and their gradient from one chunk.

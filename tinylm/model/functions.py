@@ -21,7 +21,7 @@ from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tinylm.cost.memory import FUSED_LOSS_FROM, LOSS_ROWS_FP16, fused_loss_rows
+from tinylm.cost.memory import FUSED_LOSS_FROM, LOSS_ROWS_FP16, fused_loss_rows, loss_block_rows
 from tinylm.errors import first_line
 
 _ROWS_MULTIPLE = 64
@@ -229,6 +229,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
         def compute(states: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
             if fused is not None:
                 return fused(states @ matrix.T, targets[rows], cap)
+            if not prefers_composite_ops(hidden):
+                return _losses_and_logit_gradients_in_blocks(states @ matrix.T, targets[rows], cap)
             # Cast before the call. While torch.compile's frame evaluator is installed (even after a failed compilation), the
             # caller keeps a call's arguments alive until the call returns. A cast inside the function would therefore keep
             # the 16-bit product in memory together with its float32 copy.
@@ -447,6 +449,22 @@ def _losses_and_logit_gradients(logits: Tensor, targets: Tensor, cap: float | No
     if squashed is not None:
         gradients.mul_(squashed.square_().neg_().add_(1))
     return losses, gradients
+
+
+def _losses_and_logit_gradients_in_blocks(logits: Tensor, targets: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
+    """Like `_losses_and_logit_gradients`, but for logits of any dtype, and for the rows of one block at a time (see `LOSS_BLOCK`).
+
+    The gradients overwrite the logits.
+    """
+    dtype, rows = torch.promote_types(logits.dtype, torch.float32), loss_block_rows(logits.shape[1])
+    losses = []
+    for block, ids in zip(torch.split(logits, rows), torch.split(targets, rows), strict=True):
+        block_losses, gradients = _losses_and_logit_gradients(block.to(dtype), ids, cap)
+        losses.append(block_losses)
+        if gradients.data_ptr() != block.data_ptr():
+            block.copy_(gradients)
+        del gradients  # free it before the next block is converted
+    return torch.cat(losses), logits
 
 
 def select_targets(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
