@@ -74,9 +74,12 @@ def test_the_grid_fits_the_time_and_every_run_has_its_own_schedule(english: str,
     text.write_text(english, encoding="utf-8")
     request = Request((str(text),), 5, ("seed=7",))
     grid = open_or_plan(tmp_path, request, processor=FAST)
-    sizes, lengths = {(cell.n_layer, cell.n_embd) for cell in grid.cells}, {cell.steps for cell in grid.cells}
-    assert (len(sizes), len(lengths)) in SHAPES
-    assert max(lengths) / min(lengths) == pytest.approx(2 ** (len(lengths) - 1), rel=0.05)
+    lengths = {size: [cell.steps for cell in grid.cells if cell.n_embd == size] for size in {cell.n_embd for cell in grid.cells}}
+    for steps in lengths.values():
+        assert (len(lengths), len(steps)) in SHAPES
+        assert steps[-1] / steps[0] == pytest.approx(2 ** (len(steps) - 1), rel=0.05)
+    longest = [lengths[size][-1] for size in sorted(lengths)]
+    assert longest == sorted(longest, reverse=True), "small models train for more steps in the same time"
     assert all(cell.tokens <= max_tokens(cell.parameters, grid.unique_tokens) for cell in grid.cells), "no run overfits"
     for training in grid.planned:
         recipe = experiment.sweep(tmp_path).recipe(training.values)

@@ -31,8 +31,10 @@ from tinylm.sweep.runner import Training, check_sweep_folder
 FAMILY = ((2, 64), *SIZES)
 """(number of layers, width) of the models in the experiment and of those that it recommends. Heads are 64 wide."""
 SHAPES = ((4, 4), (3, 3))
-"""(number of sizes, number of lengths) of the full grid, and of a smaller one for short budgets. In simulations with 0.3% noise,
-the root-mean-square error of the prediction for four times the compute was 0.8% with 16 runs and 1.7% with 9."""
+"""(number of sizes, number of lengths of each size) of the full grid, and of a smaller one for short budgets. In simulations of three
+laws with 0.3% noise, the root-mean-square error of the prediction for four times the compute was 0.5 to 0.8% with 16 runs and 0.7 to
+1.4% with 9. If all sizes had the same lengths instead of the same training time, it would be 0.5 to 1.5% and 1.3 to 5.4%: the best
+size for four times the compute is often a small one, whose runs would be far shorter than the predicted one."""
 LENGTH_RATIO = 2
 MIN_STEPS = 100
 """Minimum number of steps in the shortest runs. The first steps of a run do not follow a power law."""
@@ -193,11 +195,9 @@ def plan_grid(request: Request, *, processor: Processor | None = None, reporter:
     largest = FAMILY.index((estimated(suggestion.recipe.model).n_layer, estimated(suggestion.recipe.model).n_embd))
     base = resized(base, *FAMILY[largest], MIN_STEPS)
     tokens_per_step = base.training.global_batch_size * base.model.context_length
-    sizes, lengths = planner.choose(max(largest, MIN_DISTINCT - 1))
     cells = tuple(
         Cell(*size, steps, law_parameters(resized(base, *size, steps), text.vocab_size), steps * tokens_per_step)
-        for size in sizes
-        for steps in lengths
+        for size, steps in planner.choose(max(largest, MIN_DISTINCT - 1))
     )
     return Grid(request, text.vocab_size, text.train_tokens, tokens_per_step, cells), base
 
@@ -216,25 +216,29 @@ class _Planner:
     budget: Budget
     reporter: Reporter
 
-    def choose(self, largest: int) -> tuple[Sequence[tuple[int, int]], list[int]]:
-        """Return sizes up to `FAMILY[largest]`, and numbers of steps. Choose smaller sizes if the runs would be too short."""
+    def choose(self, largest: int) -> list[tuple[tuple[int, int], int]]:
+        """Return the size and number of steps of each run. Choose smaller sizes than `FAMILY[largest]` if runs would be too short.
+
+        All sizes have the same training time.
+        """
         costs = {size: self._costs(size) for size in FAMILY[: largest + 1]}
         minutes, limited_by_text = 0.0, False
         for sizes, n_lengths in self._shapes(largest):
             shares = [LENGTH_RATIO**-index for index in reversed(range(n_lengths))]
-            runs = len(sizes) * n_lengths
-            fixed = runs * RUN_SECONDS + n_lengths * sum(costs[size].evaluation_seconds for size in sizes)
-            per_step = sum(shares) * sum(costs[size].seconds_per_step for size in sizes)
-            allowed = (60 * self.budget.minutes - fixed) / per_step
-            longest = min(
-                allowed, max_tokens(self._parameters(sizes[-1]), self.text.train_tokens) / costs[sizes[-1]].tokens_per_step
-            )
-            if longest * shares[0] >= MIN_STEPS:
-                if longest < allowed:
-                    used = (fixed + longest * per_step) / 60
+            fixed = len(sizes) * n_lengths * RUN_SECONDS + n_lengths * sum(costs[size].evaluation_seconds for size in sizes)
+            seconds = (60 * self.budget.minutes - fixed) / (len(sizes) * sum(shares))  # of the longest run of each size
+            allowed = {size: seconds / costs[size].seconds_per_step for size in sizes}
+            limits = {size: self._max_steps(size, costs[size]) for size in sizes}
+            longest = {size: min(allowed[size], limits[size]) for size in sizes}
+            if min(longest.values()) * shares[0] >= MIN_STEPS:
+                if longest != allowed:
+                    training = sum(shares) * sum(longest[size] * costs[size].seconds_per_step for size in sizes)
+                    used = (fixed + training) / 60
                     self.reporter.warn(f"longer runs would overfit this text; the experiment takes about {used:.2g} minutes")
-                return sizes, [max(MIN_STEPS, round(longest * share)) for share in shares]
-            minutes, limited_by_text = (fixed + MIN_STEPS / shares[0] * per_step) / 60, longest < allowed
+                return [(size, max(MIN_STEPS, round(longest[size] * share))) for size in sizes for share in shares]
+            slowest = max(costs[size].seconds_per_step for size in sizes)
+            minutes = (fixed + len(sizes) * sum(shares) * MIN_STEPS / shares[0] * slowest) / 60
+            limited_by_text = min(allowed.values()) * shares[0] >= MIN_STEPS
         if limited_by_text:
             raise InputError(
                 f"{self.text.train_tokens:,} training tokens are not enough: even the smallest models would overfit",
@@ -247,8 +251,10 @@ class _Planner:
             hint=f"the smallest experiment takes about {minutes:.2g} minutes",
         )
 
-    def _parameters(self, size: tuple[int, int]) -> float:
-        return law_parameters(resized(self.base, *size, MIN_STEPS), self.text.vocab_size)
+    def _max_steps(self, size: tuple[int, int], cost: Plan) -> float:
+        """Return the number of steps above which a model of this size would overfit."""
+        parameters = law_parameters(resized(self.base, *size, MIN_STEPS), self.text.vocab_size)
+        return max_tokens(parameters, self.text.train_tokens) / cost.tokens_per_step
 
     @staticmethod
     def _shapes(largest: int) -> Iterator[tuple[Sequence[tuple[int, int]], int]]:
