@@ -31,10 +31,12 @@ from tinylm.sweep.runner import Training, check_sweep_folder
 FAMILY = ((2, 64), *SIZES)
 """(number of layers, width) of the models in the experiment and of those that it recommends. Heads are 64 wide."""
 SHAPES = ((4, 4), (3, 3))
-"""(number of sizes, number of lengths of each size) of the full grid, and of a smaller one for short budgets. In simulations of three
-laws with 0.3% noise, the root-mean-square error of the prediction for four times the compute was 0.5 to 0.8% with 16 runs and 0.7 to
-1.4% with 9. If all sizes had the same lengths instead of the same training time, it would be 0.5 to 1.5% and 1.3 to 5.4%: the best
-size for four times the compute is often a small one, whose runs would be far shorter than the predicted one."""
+"""(number of sizes, number of lengths of each size) of the full grid, and of a smaller one for short budgets.
+
+In simulations of three laws with 0.3% noise, the root-mean-square error of the prediction for four times the compute was 0.5 to
+0.8% with 16 runs and 0.7 to 1.4% with 9. If all sizes had the same lengths instead of the same training time, it would be 0.5 to
+1.5% and 1.3 to 5.4%: the best size for four times the compute is often a small one, whose runs would be far shorter than the
+predicted one."""
 LENGTH_RATIO = 2
 MIN_STEPS = 100
 """Minimum number of steps in the shortest runs. The first steps of a run do not follow a power law."""
