@@ -79,7 +79,7 @@ def test_the_grid_fits_the_time_and_every_run_has_its_own_schedule(english: str,
         assert (len(lengths), len(steps)) in SHAPES
         assert steps[-1] / steps[0] == pytest.approx(2 ** (len(steps) - 1), rel=0.05)
     longest = [lengths[size][-1] for size in sorted(lengths)]
-    assert longest == sorted(longest, reverse=True), "small models train for more steps in the same time"
+    assert longest == sorted(longest, reverse=True), "small models train for more steps with the same compute"
     assert all(cell.tokens <= max_tokens(cell.parameters, grid.unique_tokens) for cell in grid.cells), "no run overfits"
     for training in grid.planned:
         recipe = experiment.sweep(tmp_path).recipe(training.values)

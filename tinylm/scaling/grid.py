@@ -34,7 +34,7 @@ SHAPES = ((4, 4), (3, 3))
 """(number of sizes, number of lengths of each size) of the full grid, and of a smaller one for short budgets.
 
 In simulations of three laws with 0.3% noise, the root-mean-square error of the prediction for four times the compute was 0.5 to
-0.8% with 16 runs and 0.7 to 1.4% with 9. If all sizes had the same lengths instead of the same training time, it would be 0.5 to
+0.8% with 16 runs and 0.7 to 1.4% with 9. If all sizes had the same lengths instead of the same compute, it would be 0.5 to
 1.5% and 1.3 to 5.4%: the best size for four times the compute is often a small one, whose runs would be far shorter than the
 predicted one."""
 LENGTH_RATIO = 2
@@ -221,16 +221,20 @@ class _Planner:
     def choose(self, largest: int) -> list[tuple[tuple[int, int], int]]:
         """Return the size and number of steps of each run. Choose smaller sizes than `FAMILY[largest]` if runs would be too short.
 
-        All sizes have the same training time.
+        The longest runs of all sizes have the same compute, and each shorter run has half the compute of the next longer one.
         """
         costs = {size: self._costs(size) for size in FAMILY[: largest + 1]}
+        flops_per_step = {size: 6 * self._parameters(size) * cost.tokens_per_step for size, cost in costs.items()}
         minutes, limited_by_text = 0.0, False
         for sizes, n_lengths in self._shapes(largest):
             shares = [LENGTH_RATIO**-index for index in reversed(range(n_lengths))]
             fixed = len(sizes) * n_lengths * RUN_SECONDS + n_lengths * sum(costs[size].evaluation_seconds for size in sizes)
-            seconds = (60 * self.budget.minutes - fixed) / (len(sizes) * sum(shares))  # of the longest run of each size
-            allowed = {size: seconds / costs[size].seconds_per_step for size in sizes}
-            limits = {size: self._max_steps(size, costs[size]) for size in sizes}
+            seconds_per_flop = sum(shares) * sum(costs[size].seconds_per_step / flops_per_step[size] for size in sizes)
+            flops = (60 * self.budget.minutes - fixed) / seconds_per_flop  # of the longest run of each size
+            allowed = {size: flops / flops_per_step[size] for size in sizes}
+            limits = {
+                size: max_tokens(self._parameters(size), self.text.train_tokens) / costs[size].tokens_per_step for size in sizes
+            }
             longest = {size: min(allowed[size], limits[size]) for size in sizes}
             if min(longest.values()) * shares[0] >= MIN_STEPS:
                 if longest != allowed:
@@ -238,8 +242,7 @@ class _Planner:
                     used = (fixed + training) / 60
                     self.reporter.warn(f"longer runs would overfit this text; the experiment takes about {used:.2g} minutes")
                 return [(size, max(MIN_STEPS, round(longest[size] * share))) for size in sizes for share in shares]
-            slowest = max(costs[size].seconds_per_step for size in sizes)
-            minutes = (fixed + len(sizes) * sum(shares) * MIN_STEPS / shares[0] * slowest) / 60
+            minutes = (fixed + MIN_STEPS / shares[0] * max(flops_per_step[size] for size in sizes) * seconds_per_flop) / 60
             limited_by_text = min(allowed.values()) * shares[0] >= MIN_STEPS
         if limited_by_text:
             raise InputError(
@@ -253,10 +256,8 @@ class _Planner:
             hint=f"the smallest experiment takes about {minutes:.2g} minutes",
         )
 
-    def _max_steps(self, size: tuple[int, int], cost: Plan) -> float:
-        """Return the number of steps above which a model of this size would overfit."""
-        parameters = law_parameters(resized(self.base, *size, MIN_STEPS), self.text.vocab_size)
-        return max_tokens(parameters, self.text.train_tokens) / cost.tokens_per_step
+    def _parameters(self, size: tuple[int, int]) -> float:
+        return law_parameters(resized(self.base, *size, MIN_STEPS), self.text.vocab_size)
 
     @staticmethod
     def _shapes(largest: int) -> Iterator[tuple[Sequence[tuple[int, int]], int]]:
