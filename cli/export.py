@@ -72,17 +72,17 @@ def export(
     if json:
         print_json(result.as_dict())
         return
-    print_fields(stdout_console(), _rows(result))
+    print_fields(stdout_console(), _rows(result, "logits" if opened.has_head else "hidden states"))
 
 
-def _rows(result: ExportResult) -> list[tuple[str, str]]:
+def _rows(result: ExportResult, compared: str) -> list[tuple[str, str]]:
     from tinylm.interchange.gguf import GREEDY_TOKENS
 
     stored = f", {result.type}" if result.to in TYPES else ""
     rows = [
         ("exported to", f"{result.path} ({format_size(result.bytes)}{stored})"),
         ("model", f"{result.run} {result.checkpoint} as {result.architecture}"),
-        ("max difference", f"{result.largest_difference:.1e} in the logits, on {result.tokens_compared:,} tokens of real text"),
+        ("max difference", f"{result.largest_difference:.1e} in the {compared}, on {result.tokens_compared:,} tokens of real text"),
         ("verified with", ", ".join(result.verified_with)),
     ]
     if result.perplexity is not None and result.run_perplexity is not None:

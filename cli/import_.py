@@ -46,6 +46,7 @@ def import_(
 
     from tinylm.device import set_threads
     from tinylm.interchange.importing import import_model
+    from tinylm.run import Run
 
     set_threads(threads)
     console = stderr_console()
@@ -65,7 +66,10 @@ def import_(
         sizes = f"vocabulary {result.vocab_size:,}, context {result.context_length:,}"
         rows = [("model", f"{result.preset}, {format_count(result.parameters)} parameters, {sizes}")]
         if result.largest_difference is not None:
-            difference = f"{result.largest_difference:.1e} between the imported model's logits and those of {result.verified_with}"
+            compared = "logits" if Run.open(result.run).has_head else "hidden states"
+            difference = (
+                f"{result.largest_difference:.1e} between the imported model's {compared} and those of {result.verified_with}"
+            )
             rows.append(("max difference", f"{difference}, on {result.tokens_compared:,} tokens"))
         print_fields(console, rows)
     write_stdout(result.run)

@@ -332,6 +332,11 @@ class Run:
             return {}
 
     @property
+    def has_head(self) -> bool:
+        """Whether the model predicts tokens or labels. False only if it was imported from an encoder without a head."""
+        return self.environment.get(HAS_HEAD) is not False
+
+    @property
     def foreign_code(self) -> list[str]:
         """Names of classes and functions outside tinylm that the network was trained with, as recorded in environment.json."""
         environment = self.environment

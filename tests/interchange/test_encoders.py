@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from command import RunCli, error_of
 from encoders import classifier_recipe, masked_recipe
 from safetensors.torch import load_file, save_file
 
 from tinylm.embedding.sentences import sentence_vectors
 from tinylm.ensemble import Ensemble
-from tinylm.errors import InputError
+from tinylm.errors import InputError, WorkError
 from tinylm.evaluation.classify_texts import TextClassifier
 from tinylm.evaluation.filling import fill, require_head
+from tinylm.interchange import encoder_folders, onnx
 from tinylm.interchange.exporting import export
 from tinylm.interchange.importing import import_model
 from tinylm.pipeline import train
@@ -268,11 +270,17 @@ def test_errors_explain_what_cannot_be_exported_or_imported(tmp_path: Path) -> N
             import_model(tmp_path / "source", tmp_path / "imported")
 
 
-def test_an_encoder_without_a_head_computes_the_sentence_vectors_of_sentence_transformers(tmp_path: Path) -> None:
-    model = save(tmp_path / "source", "BertModel", BERT)
-    (tmp_path / "source" / "sentence_bert_config.json").write_text('{"max_seq_length": 8, "do_lower_case": false}')
+def save_sentence_encoder(folder: Path) -> Any:
+    """Save a model whose sentence vectors are normalized and computed from up to 8 tokens, and return it."""
+    model = save(folder, "BertModel", BERT)
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 8, "do_lower_case": false}')
     modules = [{"type": f"sentence_transformers.models.{name}"} for name in ("Transformer", "Pooling", "Normalize")]
-    (tmp_path / "source" / "modules.json").write_text(json.dumps(modules))
+    (folder / "modules.json").write_text(json.dumps(modules))
+    return model
+
+
+def test_an_encoder_without_a_head_computes_the_sentence_vectors_of_sentence_transformers(tmp_path: Path) -> None:
+    model = save_sentence_encoder(tmp_path / "source")
     import_model(tmp_path / "source", tmp_path / "run")
     run = Run.open(tmp_path / "run")
     lines = ["the cat", "a cat and a dog and a bird and a fish"]
@@ -301,3 +309,120 @@ def test_an_imported_sentence_encoder_computes_the_original_vectors(tmp_path: Pa
     mask = batch["attention_mask"][..., None]
     expected = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1)).numpy()
     np.testing.assert_allclose(vectors, expected, atol=1e-5)
+
+
+def padded_batch(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids (2, 12) and their attention mask. The second row is padded."""
+    control = ControlTokens.of(run.tokenizer)
+    ids = torch.tensor([control.cls, *run.tokenizer.encode(TEXT)[:10], control.sep]).repeat(2, 1)
+    mask = torch.ones_like(ids)
+    ids[1, 7:], mask[1, 7:] = control.pad, 0
+    return ids, mask
+
+
+@torch.no_grad()
+def hidden_states(run: Run, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the hidden states of the tokens that are not padding, one per row."""
+    return run.model(device="cpu").hidden(ids, segments=mask - 1)[mask > 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "byte_level"),
+    [
+        ("BertModel", BERT, False),
+        ("RobertaModel", {**BERT, "type_vocab_size": 1}, True),
+        ("DistilBertModel", DISTILBERT, False),
+    ],
+)
+def test_an_encoder_without_a_head_survives_import_and_export(
+    name: str, config: dict[str, Any], byte_level: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = save(tmp_path / "source", name, config, byte_level=byte_level)
+    import_model(tmp_path / "source", tmp_path / "run")
+    run, folder = Run.open(tmp_path / "run"), tmp_path / "models" / "run"
+    result = export(run, "hf", folder)
+    assert result.architecture == "BertModel"
+    assert result.largest_difference < 1e-4
+    assert result.bytes == sum(file.stat().st_size for file in (*folder.glob("*.*"), folder / "1_Pooling" / "config.json"))
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["BertModel"]
+    if name == "BertModel":
+        names = load_file(tmp_path / "source" / "model.safetensors").keys()
+        assert load_file(folder / "model.safetensors").keys() == {name for name in names if not name.startswith("pooler.")}
+
+    ids, mask = padded_batch(run)
+    exported, loading = transformers.AutoModel.from_pretrained(folder, add_pooling_layer=False, output_loading_info=True)
+    assert not any(loading.values())
+    with torch.no_grad():
+        expected, states = (
+            model(ids, attention_mask=mask).last_hidden_state[mask > 0] for model in (original.eval(), exported.eval())
+        )
+    torch.testing.assert_close(states, expected, atol=1e-5, rtol=0)
+    import_model(folder, tmp_path / "again")
+    again = Run.open(tmp_path / "again")
+    assert not again.has_head
+    torch.testing.assert_close(hidden_states(again, ids, mask), hidden_states(run, ids, mask))
+
+    card = (folder / "README.md").read_text()
+    assert "pipeline_tag: feature-extraction" in card
+    monkeypatch.chdir(folder.parent)
+    printed: list[Any] = []
+    exec(card.split("```python\n")[1].split("```")[0], {"print": printed.append})
+    assert np.shape(printed) == (1, 1, 2 + len(run.tokenizer.encode("a text")), 32)
+
+    network = run.model(device="cpu")
+    with torch.no_grad():
+        network.blocks[0].attention.output.weight *= 2
+    with pytest.raises(WorkError, match="the exported folder does not match the original model: outputs differ by"):
+        encoder_folders.check_export(folder, network, run.tokenizer, TEXT, has_head=False)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_an_exported_encoder_has_the_settings_of_sentence_transformers(normalize: bool, tmp_path: Path) -> None:
+    save_sentence_encoder(tmp_path / "source")
+    if not normalize:
+        (tmp_path / "source" / "modules.json").unlink()
+    import_model(tmp_path / "source", tmp_path / "run")
+    run, folder = Run.open(tmp_path / "run"), tmp_path / "exported"
+    export(run, "hf", folder)
+    assert encoder_folders.sentence_settings(folder) == encoder_folders.SentenceSettings(8, normalize)
+    import_model(folder, tmp_path / "again")
+    lines = ["the cat", "a cat and a dog and a bird and a fish"]
+    vectors = sentence_vectors(run, lines, "mean")
+    np.testing.assert_allclose(sentence_vectors(Run.open(tmp_path / "again"), lines, "mean"), vectors, atol=1e-6)
+    package = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    np.testing.assert_allclose(package.SentenceTransformer(str(folder), device="cpu").encode(lines), vectors, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "config"), [("BertModel", BERT), ("ModernBertModel", MODERNBERT)])
+def test_the_graph_of_an_encoder_without_a_head_returns_hidden_states(name: str, config: dict[str, Any], tmp_path: Path) -> None:
+    _, _, onnxruntime = (pytest.importorskip(module) for module in ("onnx", "onnxscript", "onnxruntime"))
+    original = save(tmp_path / "source", name, config, byte_level=name == "ModernBertModel")
+    import_model(tmp_path / "source", tmp_path / "run")
+    run, file = Run.open(tmp_path / "run"), tmp_path / "model.onnx"
+    assert export(run, "onnx", file).largest_difference < 1e-4
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    assert [(output.name, output.shape) for output in session.get_outputs()] == [("last_hidden_state", ["batch", "time", 32])]
+    ids, mask = padded_batch(run)
+    [states] = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    with torch.no_grad():
+        expected = original.eval()(ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(torch.from_numpy(states)[mask > 0], expected[mask > 0], atol=1e-4, rtol=0)
+    network = run.model(device="cpu")
+    with torch.no_grad():
+        network.blocks[0].attention.output.weight *= 2
+    with pytest.raises(WorkError, match="the ONNX file does not match the original model"):
+        onnx.check_export(file, network, run.tokenizer, TEXT, has_head=False)
+
+
+def test_commands_name_the_hidden_states_of_an_encoder_without_a_head(run_cli: RunCli, tmp_path: Path) -> None:
+    save(tmp_path / "source", "BertModel", BERT)
+    run = tmp_path / "run"
+    assert "between the imported model's hidden states and those of" in run_cli("import", tmp_path / "source", "--out", run).err
+    assert " in the hidden states, on " in run_cli("export", "-r", run, "--to", "hf", tmp_path / "exported").out
+    assert "does not support" in error_of(run_cli("export", "-r", run, "--to", "gguf", tmp_path / "model.gguf"))
+    save(tmp_path / "modern", "ModernBertModel", MODERNBERT, byte_level=True)
+    run_cli("import", tmp_path / "modern", "--out", tmp_path / "other")
+    assert "does not support model.norm_position pre" in error_of(
+        run_cli("export", "-r", tmp_path / "other", "--to", "hf", tmp_path / "rejected")
+    )
+    assert not (tmp_path / "rejected").exists()

@@ -186,7 +186,7 @@ def test_an_export_with_wrong_logits_fails_and_leaves_no_folder(
         return tensors
 
     monkeypatch.setattr(huggingface.hf_architectures, "export_state_dict", corrupted)
-    with pytest.raises(WorkError, match="does not match the original model: logits differ by"):
+    with pytest.raises(WorkError, match="does not match the original model: outputs differ by"):
         export(run, "hf", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 

@@ -14,7 +14,7 @@ from tinylm.errors import InputError
 from tinylm.evaluation.scoring import top_logprobs
 from tinylm.model.base import Model, evaluation_mode
 from tinylm.recipe.encoder import MASK
-from tinylm.run import HAS_HEAD, Run
+from tinylm.run import Run
 from tinylm.tokenizer import Tokenizer
 from tinylm.tokenizer.control_tokens import ControlTokens, encode_with_masks, split_at_masks
 from tinylm.tokenizer.tokenizer import DecodingRules
@@ -71,7 +71,7 @@ def require_masked_model(network: Model) -> None:
 
 def require_head(run: Run) -> None:
     """Raise `InputError` if the run was imported from a model without a head."""
-    if run.environment.get(HAS_HEAD) is False:
+    if not run.has_head:
         raise InputError(
             "this model was imported without a head, so it cannot predict masked tokens",
             where=str(run.path),

@@ -1,7 +1,8 @@
 """Read and write Hugging Face folders of encoders and classifiers, and compare them with transformers.
 
-Exported folders work with the transformers pipelines `fill-mask` and `text-classification`: the tokenizer puts [CLS] before a text
-and [SEP] after it, and recognizes [MASK] in it.
+Exported folders work with the transformers pipelines `fill-mask`, `text-classification` and `feature-extraction`: the tokenizer
+puts [CLS] before a text and [SEP] after it, and recognizes [MASK] in it. The folder of an encoder without a head also works with
+sentence-transformers.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from tinylm.interchange.huggingface import write_json
 from tinylm.model.base import Model
 from tinylm.model.classifier import SequenceClassifier
 from tinylm.recipe.encoder import EncoderSection
-from tinylm.recipe.labels import ClassificationObjective
 from tinylm.recipe.schema import ObjectiveVariant
 from tinylm.tokenizer import Tokenizer
 from tinylm.tokenizer.control_tokens import ControlTokens, joins_spaces
@@ -210,24 +210,44 @@ def _largest_difference(network: Model, reference: Any, tokenizer: Tokenizer, te
 # Export.
 
 
-def write(folder: Path, network: Model, objective: ObjectiveVariant, tokenizer: Tokenizer, card: str, type: str = "f32") -> str:
-    """Write all files to an empty folder. `type` is a key of `huggingface.DTYPES`.
+def write(
+    folder: Path, network: Model, objective: ObjectiveVariant, tokenizer: Tokenizer, card: str, type: str, *, has_head: bool
+) -> None:
+    """Write the files for transformers to an empty folder. `type` is a key of `huggingface.DTYPES`.
 
-    Returns the name of the transformers class that loads the folder. Raises `InputError` if no class supports the model.
+    Raises `InputError` if no transformers class supports the model.
     """
     model = network.model
     assert isinstance(model, EncoderSection)
     control = ControlTokens.of(tokenizer)
-    config = encoders.make_config(network, objective)
+    config = encoders.make_config(network, objective, has_head)
     dtype = huggingface.DTYPES[type]
-    tensors = {name: tensor.to(dtype) for name, tensor in encoders.export_tensors(network).items()}
+    tensors = {name: tensor.to(dtype) for name, tensor in encoders.export_tensors(network, has_head).items()}
     config |= {"torch_dtype": str(dtype).removeprefix("torch."), "pad_token_id": control.pad}
     write_json(folder / "config.json", config)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     write_json(folder / "tokenizer.json", _tokenizer_json(tokenizer, control))
     write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, control, model.context_length))
     (folder / "README.md").write_text(card, encoding="utf-8")
-    return str(config["architectures"][0])
+
+
+def write_sentence_settings(folder: Path, settings: SentenceSettings, width: int) -> None:
+    """Write the files with which sentence-transformers computes the mean of the hidden states, which have this width.
+
+    They use the names of earlier versions of sentence-transformers, which later versions also read.
+    """
+    modules = {"Transformer": "", "Pooling": "1_Pooling", **({"Normalize": "2_Normalize"} if settings.normalize else {})}
+    for path in modules.values():
+        (folder / path).mkdir(exist_ok=True)
+    types = [
+        {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for number, (name, path) in enumerate(modules.items())
+    ]
+    write_json(folder / "modules.json", types)
+    pooling = {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True}
+    write_json(folder / modules["Pooling"] / "config.json", pooling)
+    limits = {"max_seq_length": settings.max_tokens, "do_lower_case": False, "model_args": _WITHOUT_POOLER}
+    write_json(folder / "sentence_bert_config.json", limits)
 
 
 def _tokenizer_json(tokenizer: Tokenizer, control: ControlTokens) -> dict[str, Any]:
@@ -266,11 +286,12 @@ def _tokenizer_config(tokenizer: Tokenizer, control: ControlTokens, context_leng
     }
 
 
-def check_export(folder: Path, network: Model, tokenizer: Tokenizer, text: str) -> tuple[float, int]:
+def check_export(folder: Path, network: Model, tokenizer: Tokenizer, text: str, *, has_head: bool) -> tuple[float, int]:
     """Load the folder with transformers and compare it with `network`.
 
-    Returns the largest difference between logits on `text` and the number of compared tokens. Raises `WorkError` if the logits, the
-    token ids or the pipeline's answers differ, and `InputError` if transformers is missing.
+    Returns the largest difference on `text` between logits, or hidden states without a head, and the number of compared tokens.
+    Raises `WorkError` if these, the token ids or the answers of the head's pipeline differ, and `InputError` if transformers is
+    missing.
     """
     transformers = verify.require("transformers", "hf", "checking a Hugging Face folder")
     with huggingface.quiet(transformers):
@@ -288,7 +309,8 @@ def check_export(folder: Path, network: Model, tokenizer: Tokenizer, text: str) 
                 )
         difference, tokens = _largest_difference(network, reference, tokenizer, text)
         verify.check_logits(difference, "the exported folder")
-        _check_pipeline(transformers, folder, reference, other_tokenizer, network, tokenizer, text)
+        if has_head:
+            _check_pipeline(transformers, folder, reference, other_tokenizer, network, tokenizer, text)
     return difference, tokens
 
 
@@ -322,15 +344,33 @@ def _check_pipeline(
         )
 
 
-def model_card(name: str, parameters: int, class_name: str, recipe_yaml: str, objective: ObjectiveVariant) -> str:
-    """Return the text of README.md."""
-    task = "text-classification" if isinstance(objective, ClassificationObjective) else "fill-mask"
-    example = "a text" if task == "text-classification" else "a [MASK]"
+_PIPELINES = {
+    "BertForMaskedLM": ("fill-mask", "a [MASK]"),
+    "BertForSequenceClassification": ("text-classification", "a text"),
+    "BertModel": ("feature-extraction", "a text"),
+}
+"""The pipeline for each transformers class, and an example of its input."""
+_WITHOUT_POOLER = {"add_pooling_layer": False}
+"""The argument that BertModel needs, because exports have no weights for its pooler."""
+
+
+def model_card(name: str, parameters: int, class_name: str, recipe_yaml: str) -> str:
+    """Return the text of README.md. `class_name` is the transformers class that loads the folder."""
+    task, example = _PIPELINES[class_name]
+    tags, options, more = "- tinylm\n", "", ""
+    compared = "logits and the answer of the pipeline below"
+    if class_name == "BertModel":
+        tags, options, compared = f"{tags}- sentence-transformers\n", f", model_kwargs={_WITHOUT_POOLER}", "hidden states"
+        more = (
+            "The pipeline returns the hidden states of all tokens. sentence-transformers computes one vector for each text:\n\n"
+            "```python\nfrom sentence_transformers import SentenceTransformer\n\n"
+            f"print(SentenceTransformer({name!r}).encode([{example!r}]))\n```\n\n"
+        )
     return (
-        f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags:\n- tinylm\n---\n# {name}\n\n"
-        f"A model with {parameters:,} parameters, trained with tinylm and exported for `{class_name}`. After the export, the model "
-        "was loaded from this folder. Its logits and the answer of the pipeline below matched those of the original model.\n\n"
+        f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags:\n{tags}---\n# {name}\n\n"
+        f"A model with {parameters:,} parameters, exported with tinylm for `{class_name}`. After the export, the model was loaded "
+        f"from this folder. Its {compared} matched those of the original model.\n\n"
         f"## Usage\n\n```python\nfrom transformers import pipeline\n\n"
-        f"print(pipeline({task!r}, model={name!r})({example!r}))\n```\n\n"
+        f"print(pipeline({task!r}, model={name!r}{options})({example!r}))\n```\n\n{more}"
         f"## Recipe\n\n```yaml\n{recipe_yaml}```\n"
     )

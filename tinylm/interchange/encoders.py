@@ -381,24 +381,26 @@ _CONVERTERS: dict[str, Callable[[Pop, EncoderSection], Iterator[tuple[str, Tenso
 # Export.
 
 
-def check_exportable(model: EncoderSection, objective: ObjectiveVariant) -> str:
+def check_exportable(model: EncoderSection, objective: ObjectiveVariant, has_head: bool) -> str:
     """Return the name of the transformers class that loads a model. Raises `InputError` if there is none."""
     check_supported(model, BERT, "export to Hugging Face", "--to hf")
     if isinstance(objective, ClassificationObjective):
         if objective.pool not in ("auto", "cls") or objective.pooler != "tanh":
             raise InputError("BertForSequenceClassification needs objective.pool cls and objective.pooler tanh", where="--to hf")
         return "BertForSequenceClassification"
+    if not has_head:
+        return "BertModel"
     if not (model.head_transform and model.head_bias):
         raise InputError("BertForMaskedLM needs model.head_transform and model.head_bias", where="--to hf")
     return "BertForMaskedLM"
 
 
-def make_config(network: Model, objective: ObjectiveVariant) -> dict[str, Any]:
+def make_config(network: Model, objective: ObjectiveVariant, has_head: bool) -> dict[str, Any]:
     """Return the contents of config.json in BERT's format, without the special token ids."""
     model = network.model
     assert isinstance(model, EncoderSection)
     config = {
-        "architectures": [check_exportable(model, objective)],
+        "architectures": [check_exportable(model, objective, has_head)],
         "model_type": "bert",
         "vocab_size": network.vocab_size,
         "hidden_size": model.n_embd,
@@ -423,19 +425,23 @@ def make_config(network: Model, objective: ObjectiveVariant) -> dict[str, Any]:
     return config
 
 
-def export_tensors(network: Model) -> dict[str, Tensor]:
-    """Return the weights of an encoder or classifier with BERT's names and layouts."""
+def export_tensors(network: Model, has_head: bool) -> dict[str, Tensor]:
+    """Return the weights of an encoder or classifier with BERT's names and layouts.
+
+    The names in the body start with `bert.` if the model has a head, as in the classes of transformers.
+    """
     state = network.state_dict()
+    body, prefix = state, _PREFIXES["bert"] if has_head else ""
+    outputs: dict[str, str] = {}
     if isinstance(network, SequenceClassifier):
         outputs = {"pooler": "bert.pooler.dense", "output": "classifier"}
         body = {name.removeprefix(BODY): tensor for name, tensor in state.items() if name.startswith(BODY)}
-    else:
+    elif has_head:
         outputs = {
             "head_transform.dense": "cls.predictions.transform.dense",
             "head_transform.norm": "cls.predictions.transform.LayerNorm",
         }
-        body = state
-    tensors = dict(_to_bert(body, network.model))
+    tensors = {prefix + name: tensor for name, tensor in _to_bert(body, network.model)}
     for ours, theirs in outputs.items():
         for part in ("weight", "bias"):
             tensors[f"{theirs}.{part}"] = state[f"{ours}.{part}"]
@@ -445,15 +451,15 @@ def export_tensors(network: Model) -> dict[str, Tensor]:
 
 
 def _to_bert(state: Mapping[str, Tensor], model: Any) -> Iterator[tuple[str, Tensor]]:
-    embeddings = "bert.embeddings"
-    yield f"{embeddings}.word_embeddings.weight", state["embedding.weight"]
-    yield f"{embeddings}.position_embeddings.weight", state["positions.weight"]
+    """Yield the tensors of BertModel, except those of its pooler."""
+    yield "embeddings.word_embeddings.weight", state["embedding.weight"]
+    yield "embeddings.position_embeddings.weight", state["positions.weight"]
     types = state.get("token_types.weight")
-    yield f"{embeddings}.token_type_embeddings.weight", torch.zeros(1, model.n_embd) if types is None else types
+    yield "embeddings.token_type_embeddings.weight", torch.zeros(1, model.n_embd) if types is None else types
     for part in ("weight", "bias"):
-        yield f"{embeddings}.LayerNorm.{part}", state[f"embedding_norm.{part}"]
+        yield f"embeddings.LayerNorm.{part}", state[f"embedding_norm.{part}"]
         for layer in range(model.n_layer):
-            ours, theirs = f"blocks.{layer}", f"bert.encoder.layer.{layer}"
+            ours, theirs = f"blocks.{layer}", f"encoder.layer.{layer}"
             for name, tensor in zip(_BERT_QKV, state[f"{ours}.attention.qkv.{part}"].chunk(3), strict=True):
                 yield f"{theirs}.attention.self.{name}.{part}", tensor
             for block_name, bert_name in _BERT_BLOCK.items():

@@ -14,6 +14,7 @@ import torch
 from tinylm.errors import InputError
 from tinylm.evaluation.classify_texts import heldout_texts
 from tinylm.interchange import arpa, card, chat_files, encoder_folders, encoders, gguf, huggingface, marian, onnx, verify
+from tinylm.interchange.encoder_folders import SentenceSettings
 from tinylm.interchange.generation_check import Snippet
 from tinylm.model.base import Model
 from tinylm.model.encoder_decoder import EncoderDecoder
@@ -22,7 +23,7 @@ from tinylm.recipe.encoder import EncoderSection
 from tinylm.recipe.encoder_decoder import EncoderDecoderSection
 from tinylm.recipe.labels import ClassificationObjective
 from tinylm.reporting import SILENT, Reporter
-from tinylm.run import Checkpoint, Run
+from tinylm.run import NORMALIZED, Checkpoint, Run
 from tinylm.tokenizer import Tokenizer
 from tinylm.translation.translator import Translator, source_tokenizer_of
 
@@ -33,10 +34,10 @@ Format = Literal["hf", "gguf", "onnx", "arpa"]
 class ExportResult:
     """What was exported and how it was verified. The field names are the keys of `tinylm export --json`.
 
-    `largest_difference` is the largest absolute difference between logits on real text. The reference is the run's model with its
-    weights rounded to the export's type. `perplexity` and `run_perplexity` show the effect of rounding. `custom_code_reasons` lists
-    the model parts that no transformers class supports. `same_greedy` is the number of greedily decoded tokens before the first one
-    that differs in llama.cpp.
+    `largest_difference` is the largest absolute difference between logits on real text, or between hidden states if the model has
+    no head. The reference is the run's model with its weights rounded to the export's type. `perplexity` and `run_perplexity` show
+    the effect of rounding. `custom_code_reasons` lists the model parts that no transformers class supports. `same_greedy` is the
+    number of greedily decoded tokens before the first one that differs in llama.cpp.
     """
 
     run: str
@@ -88,7 +89,7 @@ def export(
         if isinstance(run.recipe.model, EncoderDecoderSection):
             marian.check_exportable(run.recipe.model, source_tokenizer_of(run) is not run.tokenizer)
         elif isinstance(run.recipe.model, EncoderSection):
-            encoders.check_exportable(run.recipe.model, run.recipe.objective)
+            encoders.check_exportable(run.recipe.model, run.recipe.objective, run.has_head)
         else:
             _reject_classifier(run, to)
             huggingface.select_class(run.recipe.model)
@@ -126,6 +127,11 @@ def _common_fields(run: Run, checkpoint: Checkpoint, to: Format, path: Path) -> 
     return {"run": str(run.path), "checkpoint": checkpoint.name, "step": checkpoint.step, "to": to, "path": str(path)}
 
 
+def _folder_size(folder: Path) -> int:
+    """Return the size in bytes of all files in a folder and its subfolders."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def _export_huggingface(run: Run, checkpoint: Checkpoint, path: Path, type: str, reporter: Reporter) -> ExportResult:
     if isinstance(run.recipe.model, EncoderDecoderSection):
         return _export_translator(run, checkpoint, path, type)
@@ -147,7 +153,7 @@ def _export_huggingface(run: Run, checkpoint: Checkpoint, path: Path, type: str,
         rounded = huggingface.round_weights(network, type)
         difference, tokens = huggingface.check_export(temporary, rounded, run.tokenizer, text, snippet, run.chat_encoder)
         perplexities = _perplexities(network, rounded, run.tokenizer, text) if type != "f32" else (None, None)
-        size = sum(file.stat().st_size for file in temporary.iterdir())
+        size = _folder_size(temporary)
     import transformers
 
     return ExportResult(
@@ -165,18 +171,21 @@ def _export_huggingface(run: Run, checkpoint: Checkpoint, path: Path, type: str,
 
 
 def _export_encoder(run: Run, checkpoint: Checkpoint, network: Model, path: Path, type: str) -> ExportResult:
-    """Write an encoder or classifier in BERT's format."""
+    """Write an encoder or classifier in BERT's format. For an encoder without a head, include sentence-transformers' files."""
     model, objective = network.model, run.recipe.objective
     assert isinstance(model, EncoderSection)
-    class_name = encoders.check_exportable(model, objective)
+    class_name = encoders.check_exportable(model, objective, run.has_head)
     with atomic_folder(path) as temporary:
         text = _encoder_text(run)
         name, parameters = run.recipe.name, network.parameter_count()
-        readme = encoder_folders.model_card(name, parameters, class_name, run.recipe.to_yaml(), objective)
-        encoder_folders.write(temporary, network, objective, run.tokenizer, readme, type)
+        readme = encoder_folders.model_card(name, parameters, class_name, run.recipe.to_yaml())
+        encoder_folders.write(temporary, network, objective, run.tokenizer, readme, type, has_head=run.has_head)
+        if not run.has_head:
+            settings = SentenceSettings(model.context_length, run.environment.get(NORMALIZED) is True)
+            encoder_folders.write_sentence_settings(temporary, settings, model.n_embd)
         rounded = huggingface.round_weights(network, type)
-        difference, tokens = encoder_folders.check_export(temporary, rounded, run.tokenizer, text)
-        size = sum(file.stat().st_size for file in temporary.iterdir())
+        difference, tokens = encoder_folders.check_export(temporary, rounded, run.tokenizer, text, has_head=run.has_head)
+        size = _folder_size(temporary)
     import transformers
 
     return ExportResult(
@@ -202,7 +211,7 @@ def _export_translator(run: Run, checkpoint: Checkpoint, path: Path, type: str) 
         rounded = huggingface.round_weights(translator.network, type)
         assert isinstance(rounded, EncoderDecoder)
         difference, tokens = marian.check_folder(temporary, replace(translator, network=rounded), marian.sample_pairs(run))
-        size = sum(file.stat().st_size for file in temporary.iterdir())
+        size = _folder_size(temporary)
     return ExportResult(
         **_common_fields(run, checkpoint, "hf", path),
         bytes=size,
@@ -255,8 +264,8 @@ def _export_onnx(run: Run, checkpoint: Checkpoint, path: Path, type: str, report
 
     network = run.network(checkpoint, torch.device("cpu"))
     with atomic_file(path) as temporary:
-        onnx.write(temporary, network, run.recipe.name)
-        difference, tokens = onnx.check_export(temporary, network, run.tokenizer, _encoder_text(run))
+        onnx.write(temporary, network, run.recipe.name, has_head=run.has_head)
+        difference, tokens = onnx.check_export(temporary, network, run.tokenizer, _encoder_text(run), has_head=run.has_head)
         size = temporary.stat().st_size
     return ExportResult(
         **_common_fields(run, checkpoint, "onnx", path),

@@ -144,7 +144,7 @@ def write(folder: Path, network: Model, tokenizer: Tokenizer, card: str, type: s
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any] | list[Any]) -> None:
     """Write a JSON file in the format that transformers uses."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -49,7 +49,8 @@ from tinylm.training.progress import Progress
 class ImportResult:
     """What was imported. The field names are the keys of `tinylm import --json`.
 
-    `largest_difference` is the largest absolute difference between logits on real text, or None if there was no reference.
+    `largest_difference` is the largest absolute difference between logits on real text, or between hidden states if the model has
+    no head. It is None if there was no reference.
     """
 
     run: str

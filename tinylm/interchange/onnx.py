@@ -1,7 +1,8 @@
 """Export models to ONNX files that map ids `(batch, time)` to logits, without a KV cache.
 
-The logits are `(batch, time, vocabulary)`, or `(batch, labels)` for a classifier. Encoders and classifiers have a second input,
-`attention_mask` `(batch, time)`: 1 for text and 0 for the padding after it.
+The output `logits` is `(batch, time, vocabulary)`, or `(batch, labels)` for a classifier. For an encoder without a head, the output
+is `last_hidden_state` `(batch, time, width)` instead. Encoders and classifiers have a second input, `attention_mask`
+`(batch, time)`: 1 for text and 0 for the padding after it.
 """
 
 from __future__ import annotations
@@ -38,17 +39,18 @@ _EXTRA_SHAPES = ((1, 1), (3, 5))
 """Shapes `(batch, time)` that `check_export` tests in addition to real text, because the graph must accept any shape."""
 
 
-class _Logits(nn.Module):
-    """The exported graph, which maps ids and, for encoders and classifiers, an attention mask to logits."""
+class _Graph(nn.Module):
+    """The exported graph, which maps ids and, for encoders and classifiers, an attention mask to logits or hidden states."""
 
-    def __init__(self, network: Model) -> None:
+    def __init__(self, network: Model, has_head: bool) -> None:
         super().__init__()
         self.network = network
+        self.has_head = has_head
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         segments = None if attention_mask is None else attention_mask - 1
-        logits: Tensor = self.network(input_ids, segments=segments)
-        return logits
+        output: Tensor = (self.network if self.has_head else self.network.hidden)(input_ids, segments=segments)
+        return output
 
 
 def _takes_mask(network: Model) -> bool:
@@ -62,8 +64,11 @@ def check_possible(model: ModelVariant) -> None:
         verify.require(module, "onnx", "writing ONNX")
 
 
-def write(path: Path, network: Model, name: str) -> None:
-    """Export the network with dynamic batch size and sequence length, up to the context length. The metadata includes `name`."""
+def write(path: Path, network: Model, name: str, *, has_head: bool = True) -> None:
+    """Export the network with dynamic batch size and sequence length, up to the context length. The metadata includes `name`.
+
+    If `has_head` is false, the graph returns the hidden states.
+    """
     check_possible(network.model)
     import onnx
 
@@ -75,12 +80,12 @@ def write(path: Path, network: Model, name: str) -> None:
     inputs = {"input_ids": example} | ({"attention_mask": torch.ones_like(example)} if _takes_mask(network) else {})
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            _Logits(network).eval(),
+            _Graph(network, has_head).eval(),
             tuple(inputs.values()),
             dynamo=True,
             verbose=False,
             input_names=list(inputs),
-            output_names=["logits"],
+            output_names=["logits" if has_head else "last_hidden_state"],
             dynamic_shapes=dict.fromkeys(inputs, dynamic),
         )
     assert program is not None
@@ -104,22 +109,23 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def check_export(path: Path, network: Model, tokenizer: Tokenizer, text: str) -> tuple[float, int]:
+def check_export(path: Path, network: Model, tokenizer: Tokenizer, text: str, *, has_head: bool = True) -> tuple[float, int]:
     """Compare the exported graph, run with onnxruntime, with the network on `text` and on other shapes.
 
-    Returns the largest absolute difference between logits and the number of compared text tokens. Raises `WorkError` if the
+    Returns the largest absolute difference between outputs and the number of compared text tokens. Raises `WorkError` if the
     difference is too large.
     """
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    graph = _Graph(network, has_head)
 
     def difference(ids: Tensor, mask: Tensor | None) -> float:
         inputs = {"input_ids": ids} | ({} if mask is None else {"attention_mask": mask})
-        logits = torch.from_numpy(session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0])
+        output = torch.from_numpy(session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0])
         with torch.no_grad():
-            differences = (network(ids, segments=None if mask is None else mask - 1) - logits).abs()
-        if mask is not None and differences.dim() == 3:  # the logits of padding have no meaning
+            differences = (graph(ids, mask) - output).abs()
+        if mask is not None and differences.dim() == 3:  # the outputs for padding have no meaning
             differences = differences[mask > 0]
         return float(differences.max())
 

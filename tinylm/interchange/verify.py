@@ -20,7 +20,7 @@ from tinylm.text.sources import Corpus
 from tinylm.tokenizer import Tokenizer
 
 MAX_LOGIT_DIFFERENCE = 1e-4
-"""Largest absolute difference between logits that is attributed to float32 rounding."""
+"""Largest absolute difference between logits, or hidden states, that is attributed to float32 rounding."""
 _MAX_TOKENS = 2048
 _MAX_LENGTH = 1024
 _MAX_CHARACTERS = 40_000
@@ -92,10 +92,10 @@ def greedy(logits: LogitsFunction, prompt: Tensor, new_tokens: int) -> list[int]
 
 
 def check_logits(difference: float, name: str) -> None:
-    """Raise `WorkError` if a logit difference is too large to be a rounding error. `name` appears in the message."""
+    """Raise `WorkError` if a difference between outputs is too large to be a rounding error. `name` appears in the message."""
     if not difference <= MAX_LOGIT_DIFFERENCE:
         raise WorkError(
-            f"{name} does not match the original model: logits differ by {difference:.2e}, more than {MAX_LOGIT_DIFFERENCE:.0e}",
+            f"{name} does not match the original model: outputs differ by {difference:.2e}, more than {MAX_LOGIT_DIFFERENCE:.0e}",
             hint="nothing was saved",
         )
 
