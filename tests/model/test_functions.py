@@ -15,6 +15,7 @@ from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tinylm.cost import memory
 from tinylm.model import functions
 from tinylm.model.functions import relu_squared, rms_norm, rotate, select_targets, summed_cross_entropy
 from tinylm.model.positions import rope_table
@@ -145,6 +146,21 @@ def test_summed_cross_entropy_matches_torch_and_skips_ignored_targets(
     hidden, weight = _random(N, C), _random(V, C, seed=1)
     ours = _output_and_gradients(lambda h, w: summed_cross_entropy(h, w, TARGETS, cap, chunk), hidden, weight)
     _assert_near(ours, _output_and_gradients(lambda h, w: _reference_loss(h, w, TARGETS, cap), hidden, weight), 1e-12)
+
+
+@pytest.mark.parametrize("cap", CAPS)
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_loss_does_not_depend_on_the_block_size(
+    dtype: torch.dtype, rows: int, cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last block has fewer rows. With one row, a block is smaller than the vocabulary."""
+    hidden, weight = _random(50, 16, dtype=dtype), _random(300, 16, seed=1, dtype=dtype)
+    targets = torch.arange(50) % 301 - 1
+    whole = _output_and_gradients(lambda h, w: summed_cross_entropy(h, w, targets, cap, 20), hidden, weight)
+    monkeypatch.setattr(memory, "LOSS_BLOCK", 299 if rows == 1 else 300 * rows)
+    blocks = _output_and_gradients(lambda h, w: summed_cross_entropy(h, w, targets, cap, 20), hidden, weight)
+    _assert_near(blocks, whole, 1e-6)
 
 
 def _use_fused_loss(monkeypatch: pytest.MonkeyPatch) -> None:

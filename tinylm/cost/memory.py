@@ -17,7 +17,7 @@ from tinylm.recipe.schema import MuonOptimizer, TransformerSection
 from tinylm.recipe.values import ComputeDtype
 
 LOSS_BYTES = {"cpu": 16 << 20, "gpu": 512 << 20}
-"""Size in bytes of each chunk of float32 logits in the training loss. On a GPU, it is large enough to keep the device busy."""
+"""Size in bytes that the logits of a chunk would have in float32. On a GPU, a chunk is large enough to keep the device busy."""
 FUSED_LOSS_BYTES = 2 << 30
 """Maximum size in bytes of a chunk of float32 logits in the compiled loss on CUDA. Large chunks are faster because each chunk reads
 and writes the head's whole gradient."""
@@ -29,6 +29,10 @@ FUSED_LOSS_FROM = 1 << 30
 about 3 ms per gigabyte on an H200."""
 ROW_MULTIPLE = 128
 """The number of rows in a chunk of the compiled loss is a multiple of this, the tile size of matrix products on tensor cores."""
+MAX_GRADIENT_KEYS = 1024
+"""See `uses_batched_gradient`. With more keys, torch's gradient is as fast and needs less memory."""
+GRADIENT_BLOCK = 128
+"""The batched gradient of attention processes this many queries at a time. With a causal mask, later keys can then be left out."""
 LOSS_BLOCK = 1 << 18
 """On a CPU, the loss is computed for about this many logits at a time, which take 1 MiB in float32 and fit in a core's cache."""
 LOSS_ROWS = 512
@@ -126,12 +130,35 @@ def _has_value_embedding(model: TransformerSection, layer: int) -> bool:
     return layer < model.value_embeddings or layer >= model.n_layer - model.value_embeddings
 
 
-def _shares_mask(model: TransformerSection, config: PassConfig) -> bool:
-    """Whether all blocks save the same boolean document mask. Otherwise, each block saves it as numbers.
+def uses_batched_gradient(keys: int) -> bool:
+    """Whether training in bfloat16 on a CPU uses the gradient of attention in `tinylm.model.fused_attention` instead of torch's."""
+    return 0 < keys <= MAX_GRADIENT_KEYS
 
-    See `tinylm.model.fused_attention` for bfloat16 on a CPU.
+
+def _has_batched_gradient(model: TransformerSection, config: PassConfig) -> bool:
+    on_cpu = config.precision == "bf16" and not config.on_gpu
+    return on_cpu and not model.attention_dropout_p and uses_batched_gradient(model.context_length)
+
+
+def _shared_mask_bytes(model: TransformerSection, config: PassConfig) -> int:
+    """Return the bytes per token of the boolean document masks that are saved with the batched gradient of attention.
+
+    Global blocks save the same mask, and each local block its own. With torch's gradient, each block saves a mask in the dtype of
+    the matrix products instead.
     """
-    return config.document_mask and config.precision == "bf16" and not config.on_gpu and not model.attention_dropout_p
+    if not (config.document_mask and _has_batched_gradient(model, config)):
+        return 0
+    windows = [model.window_of(layer) for layer in range(model.n_layer)]
+    local = sum(window is not None and window < model.context_length for window in windows)
+    return model.context_length * (local + (local < model.n_layer))
+
+
+def _attention_gradient_bytes(model: TransformerSection, config: PassConfig) -> int:
+    """Return the bytes of the temporaries in the batched gradient of attention: two score matrices of one block of queries."""
+    if not _has_batched_gradient(model, config):
+        return 0
+    length = model.context_length
+    return 2 * config.e * config.sequences * model.n_head * min(GRADIENT_BLOCK, length) * length
 
 
 def _attention_bytes(model: TransformerSection, config: PassConfig, layer: int) -> int:
@@ -155,7 +182,7 @@ def _attention_bytes(model: TransformerSection, config: PassConfig, layer: int) 
         total += keys * e if mixes_values else 0
         total += keys * e if model.shifted_key_heads else 0
         total += 4 * heads
-        total += model.context_length * e if config.document_mask and not _shares_mask(model, config) else 0
+        total += model.context_length * e if config.document_mask and not _has_batched_gradient(model, config) else 0
     else:  # q, k, v and three score matrices per head, in float32
         total += 3 * queries * 4 + 3 * heads * model.context_length * 4
     total += keys * e if _has_value_embedding(model, layer) and saved_values else 0
@@ -227,7 +254,7 @@ def saved_bytes(model: TransformerSection, config: PassConfig) -> int:
         per_token = outside_block_bytes(model, config) + inputs * model.n_embd * config.s + _first_values_bytes(model, config)
         return tokens * per_token + head + projection_cast
     blocks = sum(block_bytes(model, config, layer) for layer in range(model.n_layer))
-    mask = model.context_length if _shares_mask(model, config) else 0
+    mask = _shared_mask_bytes(model, config)
     return tokens * (outside_block_bytes(model, config) + blocks + mask) + head + _cast_bytes(model, config)
 
 
@@ -299,7 +326,8 @@ def activation_bytes(model: TransformerSection, config: PassConfig) -> int:
     tokens = config.sequences * model.context_length
     saved = saved_bytes(model, config)
     last = model.n_layer - 1
-    backward = tokens * (model.feed_forward_width * (2 if model.is_gated else 1) + model.n_embd) * config.e
+    feed_forward = tokens * (model.feed_forward_width * (2 if model.is_gated else 1) + model.n_embd) * config.e
+    backward = max(feed_forward, _attention_gradient_bytes(model, config))
     if config.recompute:
         casts = _cast_bytes(model, config)
         block = tokens * max(block_bytes(model, config, layer) for layer in {0, last}) + casts // model.n_layer
