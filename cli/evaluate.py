@@ -138,7 +138,8 @@ def evaluate(
     A smaller --stride gives each token more context, which takes longer and lowers the loss. The model's objective determines what
     is measured: a masked model predicts masked tokens, and a classifier predicts the labels of labeled texts.
 
-    With several --run or --checkpoint options, the mean of the models' probabilities is evaluated and compared with the best model.
+    With several --run or --checkpoint options, the mean of the models' probabilities is evaluated and compared with the best
+    language model, or with each classifier.
     """
     weight_kind = checked_weights(weights)
     checked_errors(errors)
