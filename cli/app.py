@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import re
 import signal
 import sys
 import traceback
@@ -181,6 +182,15 @@ def _print_error(error: Exception) -> int:
     return code
 
 
+_VALUE_MESSAGES = {
+    r"Input should be greater than or equal to (\S+)": r"must be at least \1",
+    r"Input should be less than or equal to (\S+)": r"must be at most \1",
+    r"Input should be a valid integer\b.*": "must be an integer",
+    r"Input should be a valid number\b.*": "must be a number",
+}
+"""How messages about the value of an option are reworded, by their pattern."""
+
+
 def _usage_message(error: Any) -> str:
     """Return the message for an invalid command line, with a hint, or "" if Typer already printed the help."""
     message: str = error.format_message().rstrip(".")
@@ -191,6 +201,8 @@ def _usage_message(error: Any) -> str:
     hint = _usage_hint(error, context)
     if hint is not None:
         message = message.partition(" (Possible options")[0].partition(" Did you mean")[0].rstrip(".")
+    for theirs, ours in _VALUE_MESSAGES.items():
+        message = re.sub(theirs, ours, message)
     listed = "; ".join(part for part in (hint, help_hint) if part)
     return f"{message[0].lower()}{message[1:]}" + (f" ({listed})" if listed else "")
 

@@ -63,7 +63,9 @@ def classify(
     all labels. With several --run or --checkpoint options, the probabilities are the mean of the models' probabilities.
     """
     checked_errors(errors)
-    if (text is None) == (input_ is None):
+    if text is not None and input_ is not None:
+        raise InputError("cannot be combined with a text", where="--input", hint="use one of them")
+    if text is None and input_ is None:
         raise InputError("requires a text, - for standard input, or --input SOURCE", where="TEXT")
     if input_ is None and (unused := given_options(ctx, ("documents", "field", "template", "errors"))):
         raise InputError("requires --input", where=", ".join(unused))
@@ -100,16 +102,20 @@ def classify(
 def _texts_of(source: str, whole: bool, field: str, template: str | None, errors: str, unused: bool) -> Iterator[str]:
     """Yield the texts in a SOURCE: each record, and each line of a plain text file (or the whole file if `whole` is true).
 
-    With `unused`, `field` may have no effect, because the source has no records.
+    With `unused`, `field` may have no effect, because the source has no records. Raises `InputError` if all texts are blank.
     """
     from tinylm.text.sources import Corpus
 
+    found = False
     with Corpus([source], field=field, template=template, errors=errors, allow_unused_format=unused) as corpus:
         for name, is_record, document in corpus.documents():
+            found = found or bool(document.strip())
             if is_record or whole:
                 yield document
             else:
                 yield from _lines(text_lines(document), name)
+    if not found:
+        raise InputError("contains no text to classify", where=source, hint="empty lines and records are skipped")
 
 
 def _argument(text: str) -> str:

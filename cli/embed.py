@@ -236,7 +236,7 @@ def from_run(
         "input",
         "--which",
         help="input: the input embedding matrix. output: the output embedding matrix. contextual: the mean hidden state of each "
-        "token over a text. sentence: one vector for each line of a text file, or for each record.",
+        "token over a text. sentence: one vector for each distinct line of a text file, or record.",
     ),
     pool: str = typer.Option("mean", "--pool", help="For sentence: cls (the first token), mean or last."),
     layer: int | None = typer.Option(

@@ -21,6 +21,8 @@ ENSEMBLES = True
 _MAX_COLUMNS = 16
 """With more labels than this, only the most frequent confusions are printed instead of the whole matrix."""
 _MAX_CONFUSIONS = 15
+_MAX_WIDTH = 80
+"""Longer texts of mistakes are shortened to this number of characters."""
 _NAMES = {"majority": "majority label", "tfidf_linear": "TF-IDF + linear"}
 
 
@@ -65,12 +67,14 @@ def _print_totals(console: Console, result: ClassifierEvaluation) -> None:
         ("model", model),
         ("accuracy", f"{scores.accuracy:.2%}  (95% interval {low:.2%} to {high:.2%})"),
         ("macro F1", f"{scores.macro_f1:.4f}"),
-        ("loss", f"{scores.loss:.4f} nats per text; the best temperature for these texts is {result.calibration:.3f}"),
     ]
-    if result.unseen:
-        rows.append(
-            ("unknown labels", f"{pluralize(result.unseen, 'text')} with a label that the model does not have; counted as mistakes")
-        )
+    if result.unseen == scores.examples:
+        rows.append(("unknown labels", "no text has a label that the model knows; all are counted as mistakes"))
+    else:
+        rows += [("loss", f"{scores.loss:.4f} nats per text"), ("calibration", _calibration(result.calibration))]
+        if result.unseen:
+            known = f"{pluralize(result.unseen, 'text')} with a label that the model does not have; counted as mistakes"
+            rows.append(("unknown labels", known))
     for name, baseline in result.baselines.items():
         interval = _difference(scores.accuracy - baseline.accuracy, baseline.difference_ci95)
         rows.append((_NAMES[name], f"{baseline.accuracy:.2%}; difference (model - baseline) {interval}"))
@@ -78,6 +82,11 @@ def _print_totals(console: Console, result: ClassifierEvaluation) -> None:
         interval = _difference(scores.accuracy - member.accuracy, member.difference_ci95)
         rows.append(("member", f"{member.accuracy:.2%} for {member.member.name}; difference (ensemble - member) {interval}"))
     print_fields(console, rows)
+
+
+def _calibration(temperature: float) -> str:
+    comment = "above 1: the model is overconfident" if temperature > 1 else "below 1: the model is underconfident"
+    return f"a temperature of {temperature:.3f} fits these texts best ({comment})"
 
 
 def _difference(value: float, interval: tuple[float, float]) -> str:
@@ -132,8 +141,12 @@ def _print_mistakes(console: Console, result: ClassifierEvaluation) -> None:
     for mistake in result.mistakes:
         text = " ".join(mistake.text.split())
         labels = Text(escaped(mistake.predicted)), Text(escaped(mistake.label))
-        table.add_row(f"{mistake.probability:.4f}", *labels, Text(text[:80]))
+        table.add_row(f"{mistake.probability:.4f}", *labels, Text(_shortened(text)))
     console.print(table)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MAX_WIDTH else text[: _MAX_WIDTH - 1] + "…"
 
 
 def _print_title(console: Console, title: str) -> None:

@@ -69,8 +69,11 @@ def check_keys(rows: Sequence[Row], keys: Sequence[str], where: str) -> None:
     """Raise `InputError` for a key that no run has."""
     for key in keys:
         if rows and not any(lookup(row, key)[1] for row in rows):
-            known = {name for row in rows for name in (*row, *row["recipe"], *ALIASES)} - {"recipe"}
-            raise InputError(f"no run has the key {key}", where=where, hint=did_you_mean(key, known))
+            columns = list(dict.fromkeys(name for row in rows for name in row if name != "recipe"))
+            short = [column.removeprefix("best_") for column in columns]
+            known = (*columns, *short, *ALIASES, *(name for row in rows for name in row["recipe"]))
+            hint = did_you_mean(key, known) or f"use {', '.join(columns)}, or a recipe key such as model.context_length"
+            raise InputError(f"no run has the key {key}", where=where, hint=hint)
 
 
 def sort_rows(rows: list[Row], key: str, *, higher_is_better: bool) -> list[Row]:

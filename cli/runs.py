@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from csv import writer as csv_writer
@@ -56,6 +57,11 @@ def runs(
     if folder != "runs" and not Path(folder).is_dir():
         raise InputError("no such folder", where=folder)
     found = [*all_runs(Path(folder)), *experiment_runs(Path(folder))]
+    path = Path(folder).resolve()
+    if not found and path in [run.path for run in all_runs(path.parent)]:
+        parent = path.parent if Path(folder).name in ("", "..") else Path(folder).parent
+        hint = f"`tinylm runs {shlex.quote(str(parent))}` lists the runs in its folder"
+        raise InputError("is a run, not a folder of runs", where=folder, hint=hint)
     listed = [_summary(run) for run in sorted(found, key=lambda run: run.path)]
     measured = dict.fromkeys(metric for summary in listed if summary.best is not None for metric, _ in summary.best.items())
     columns = list(measured) or list(LANGUAGE_MODEL)

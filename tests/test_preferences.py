@@ -263,7 +263,7 @@ _PROMPT = {"prompt": "Hi?", "chosen": "Hello.", "rejected": "No."}
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
-        ({"prompt": "Hi?", "chosen": "Hello."}, r"no field 'rejected' \(fields: prompt, chosen\)"),
+        ({"prompt": "Hi?", "chosen": "Hello."}, r"no field 'rejected'; fields: prompt, chosen"),
         ({"chosen": "Hello.", "rejected": "No."}, "no field 'prompt'"),
         ({**_PROMPT, "rejected": "Hello."}, "the chosen and the rejected answer are the same"),
         ({**_PROMPT, "chosen": "  "}, "chosen: the assistant message is empty"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def test_fill_prints_candidates_and_fills_lines_from_a_pipe(run_cli: RunCli, mas
     unmasked = run_cli("fill", "-", "--run", masked, stdin=b"\na [MASK]\nb\n")
     assert "-:3: the text has no [MASK]" in unmasked.err
     assert "--top: requires --json" in run_cli("fill", "-", "--top", "2", "--run", masked, stdin=b"a [MASK]\n").err
+    assert "invalid value for '--top' / '-k': must be at least 1 (" in run_cli("fill", "a [MASK]", "--top", "0").err
     wrong = run_cli("fill", "no mask", "--run", masked)
     assert wrong.code == 2
     assert "has no [MASK]" in wrong.err
@@ -84,6 +86,10 @@ def test_classify_reads_an_argument_a_pipe_or_a_file(run_cli: RunCli, classifier
     assert [item["text"] for item in json.loads(rows.out)] == ["the saw\nred"]
     wrong = run_cli("classify", "--run", classifier)
     assert wrong.code == 2
+    assert "TEXT: requires a text" in wrong.err
+    both = run_cli("classify", "a", "--input", tmp_path / "lines.txt", "--run", classifier)
+    assert (both.code, both.out) == (2, "")
+    assert "--input: cannot be combined with a text" in both.err
 
 
 def test_commands_reject_the_wrong_kind_of_run(run_cli: RunCli, masked: Path, classifier: Path) -> None:
@@ -114,6 +120,12 @@ def test_eval_prints_the_metrics_of_a_classifier(run_cli: RunCli, classifier: Pa
     shown = run_cli("eval", tmp_path / "other.csv", "--run", classifier, "--no-baselines")
     assert shown.code == 0, shown.err
     assert "1 text with a label that the model does not have" in shown.out
+    assert re.search(r"\ncalibration +a temperature of [0-9.]+ fits these texts best", shown.out)
+    (tmp_path / "unknown.csv").write_text(f"text,label\n{'cat ' * 40},animal\n")
+    unknown = run_cli("eval", tmp_path / "unknown.csv", "--run", classifier, "--no-baselines").out
+    assert "no text has a label that the model knows" in unknown
+    assert "nan" not in unknown
+    assert re.search(r"\n.* (cat ){19}cat… *\n", unknown)
 
 
 @pytest.mark.parametrize("name", ["classifier", "masked"])
@@ -168,7 +180,7 @@ def test_the_fields_of_a_file_are_those_of_the_training_texts_or_set_by_options(
         assert run_cli("classify", "--input", tmp_path / file, "--run", run, "--json").json[0]["text"] == "the saw"
     wrong = run_cli("eval", tmp_path / "a.csv", "--run", run)
     assert "no column 'label'" in wrong.err
-    assert "--label" in wrong.err
+    assert "(choose the fields with --field and --label; in a recipe, with data.text and data.label" in wrong.err
     for path, options in ((run, ()), (classifier, ("--field", "Text"))):
         result = run_cli("eval", tmp_path / "a.csv", "--run", path, "--label", "kind", *options, "--no-baselines", "--json")
         assert result.json["examples"] == 1, result.err
@@ -181,6 +193,11 @@ def test_empty_and_truncated_texts_are_reported(run_cli: RunCli, classifier: Pat
         empty = run_cli("classify", "-", "--run", classifier, stdin=stdin)
         assert (empty.code, empty.out) == (2, "")
         assert "standard input is empty" in empty.err
+    (tmp_path / "empty.txt").write_text("\n \n")
+    for option in ((), ("--json",), ("--documents",)):
+        empty = run_cli("classify", "--input", tmp_path / "empty.txt", "--run", classifier, *option)
+        assert (empty.code, empty.out) == (2, "")
+        assert "empty.txt: contains no text to classify" in empty.err
     note = "1 empty text skipped, 1 text truncated to 14 tokens"
     texts = ["the\u2028saw\x0c", "", "the saw and the hammer"]
     piped = run_cli("classify", "-", "--run", classifier, "--json", stdin="\r\n".join([*texts, ""]).encode())
@@ -199,6 +216,7 @@ def test_nearest_finds_the_lines_most_similar_to_a_sentence(run_cli: RunCli, mas
     made = run_cli("embed", "from-run", tmp_path / "lines.txt", *options)
     assert made.code == 0, made.err
     assert json.loads(made.out)["names"] == 4
+    assert "1 duplicate text skipped: there is one vector for each distinct text" in made.err
     vectors = tmp_path / "lines.safetensors"
     known = json.loads(run_cli("embed", "nearest", LINES[0], "--vectors", vectors, "--json").out)
     assert {neighbor["token"] for neighbor in known["neighbours"]} == {*LINES[1:]}

@@ -19,7 +19,7 @@ TEXTS = {
     "binary.bin": (bytes(range(256)) * 100, "not UTF-8 at byte 128"),
     "half an emoji.txt": (b"some words " * 500 + "🙂".encode()[:2], "not UTF-8 at byte 5500"),
     "broken.jsonl": (b'{"text": "' + b"words " * 400 + b'"}\n{oops\n', "broken.jsonl:2: not JSON"),
-    "other field.jsonl": (b'{"body": "' + b"words " * 400 + b'"}\n', "no field 'text' (fields: body)"),
+    "other field.jsonl": (b'{"body": "' + b"words " * 400 + b'"}\n', "no field 'text'; fields: body"),
 }
 RECIPES = {
     "empty": (b"", "the recipe is empty"),

@@ -102,7 +102,8 @@ def test_the_runs_of_a_sweep_are_listed_with_the_name_of_its_folder(
         (["--csv", "--json"], "--csv, --json: these options are mutually exclusive"),
         (["--filter", "model.n_emb=3"], "did you mean model.n_embd?"),
         (["--filter", "model.preset>=3"], "'modern' and '3' cannot be ordered"),
-        (["--sort", "val_lss"], "no run has the key val_lss"),
+        (["--sort", "val_lss"], "no run has the key val_lss (did you mean val_loss?)"),
+        (["--columns", "xyz"], "no run has the key xyz (use name, run, step,"),
         (["--columns", "sed"], "did you mean seed?"),
     ],
 )
@@ -110,6 +111,12 @@ def test_invalid_queries_are_rejected(options: list[str], message: str, run_cli:
     result = run_cli("runs", folder, *options)
     assert result.code == 2
     assert message in result.err
+
+
+def test_a_run_folder_is_not_a_folder_of_runs(run_cli: RunCli, folder: Path) -> None:
+    result = run_cli("runs", folder / "first")
+    assert result.code == 2
+    assert f"is a run, not a folder of runs (`tinylm runs {folder}` lists the runs in its folder)" in result.err
 
 
 def test_a_filter_that_matches_no_run_prints_a_note(run_cli: RunCli, folder: Path) -> None:

@@ -181,6 +181,7 @@ def test_unusual_data_is_reported(tmp_path: Path) -> None:
     assert "1 of 4 held-out texts also occur in the training texts" in reported
     assert "1 of 42 training texts have more than 14 tokens" in reported
     assert "1 of 4 held-out texts have more than 14 tokens (up to 17)" in reported
+    assert "the 16 tokens of model.context_length include [CLS] and [SEP]" in reported
 
 
 def test_texts_with_only_one_label_are_rejected(tmp_path: Path) -> None:

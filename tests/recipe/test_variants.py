@@ -143,8 +143,11 @@ def test_the_default_objective_of_a_registered_architecture_is_its_first_objecti
     assert read(TOY, "objective=causal_lm").objective == CausalLMObjective()
     assert read(BASE).objective == CausalLMObjective()
     assert problems(BASE, "objective=toy_lm") == [
-        "--set objective=toy_lm: objective: the decoder architecture cannot be trained with toy_lm (only with causal_lm)"
+        "--set objective=toy_lm: objective: the decoder architecture cannot be trained with toy_lm, only with causal_lm, dpo and "
+        "classification (set model.architecture: toy)"
     ]
+    [problem] = problems(BASE, "objective=masked_lm")
+    assert problem.endswith("(set model.architecture: encoder)")
 
 
 def test_an_objective_can_list_the_architectures_that_it_supports() -> None:

@@ -70,7 +70,7 @@ def test_a_table_has_one_question_and_answer_per_row(tmp_path: Path) -> None:
         (messages((USER, "\ud800"), (ASSISTANT, "b")), "message 1: field 'content' contains an unpaired surrogate"),
         ({"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]}, "message 1: tool_calls is not supported"),
         ({"messages": [{"role": "user", "content": "a", "weight": 0}]}, "message 1: weight is not supported"),
-        ({"conversations": []}, "no field 'messages' (fields: conversations)"),
+        ({"conversations": []}, "no field 'messages'; fields: conversations"),
         (["a"], "not a JSON object"),
         (3, "not a JSON object"),
     ],

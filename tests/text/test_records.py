@@ -63,8 +63,8 @@ def test_a_long_document_in_a_table_is_read_completely(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("id,body\n1,x\n", "a.csv: no column 'text' (columns: id, body) (choose another with --field"),
-        ("id,tekst\n1,x\n", "no column 'text' (columns: id, tekst) (did you mean tekst?"),
+        ("id,body\n1,x\n", "a.csv: no column 'text'; columns: id, body (choose one with --field"),
+        ("id,tekst\n1,x\n", "no column 'text'; columns: id, tekst (did you mean tekst?"),
         ("text,text\n1,x\n", "a.csv: has 2 columns named 'text'"),
         ("id,text\n1,x\n2\n", "a.csv:3: 1 values for 2 columns"),
         ('id,text\n1,"open\n', "a.csv:2: not a valid table: unexpected end of data"),
@@ -86,7 +86,7 @@ def test_quotes_in_a_tsv_file_are_text_if_they_do_not_enclose_values(tmp_path: P
 
 def test_a_table_without_column_names_is_reported(tmp_path: Path) -> None:
     message = error_for(write(tmp_path / "a.tsv", "Guten Tag\tGood day\n"))
-    assert "no column 'text' (columns: Guten Tag, Good day)" in message
+    assert "no column 'text'; columns: Guten Tag, Good day" in message
     assert "the first line must contain the column names" in message
 
 
@@ -94,7 +94,7 @@ def test_a_template_combines_jsonl_fields(tmp_path: Path) -> None:
     records = [{"n": 3, "ok": True, "a b": "x", "t": "{n}"}, {"n": 0.5, "ok": False, "a b": "", "t": "y"}]
     path = write(tmp_path / "a.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     assert documents(path, template="{{{n}}} {ok} {a b}/{t}") == ["{3} true x/{n}", "{0.5} false /y"]
-    assert "a.jsonl:1: no field 'title' (fields: n, ok, a b, t) (correct --template" in error_for(path, template="{title}")
+    assert "a.jsonl:1: no field 'title'; fields: n, ok, a b, t (correct --template" in error_for(path, template="{title}")
     assert "field 'n' must be text, not 3" in error_for(path, field="n")
     write(path, '{"t": null}\n')
     assert "a.jsonl:1: field 't' must be text, not null" in error_for(path, template="- {t}")

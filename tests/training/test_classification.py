@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from tinylm.data import formats
 from tinylm.data.framing import Framing
 from tinylm.data.labels import read_parts
-from tinylm.ensemble import Ensemble
+from tinylm.ensemble import Ensemble, Member
 from tinylm.errors import InputError, TinylmWarning
 from tinylm.evaluation import classification, confusion_plot
 from tinylm.evaluation.classify_texts import TextClassifier
-from tinylm.evaluation.evaluate_classifier import evaluate_classifier
+from tinylm.evaluation.evaluate_classifier import _same_texts, evaluate_classifier
 from tinylm.evaluation.label_baselines import tfidf_linear_scores
 from tinylm.model import lora, registry
 from tinylm.model.classifier import SequenceClassifier, pool
@@ -290,10 +290,35 @@ def test_classifiers_with_different_tokenizers_form_an_ensemble(run: Run, wordpi
         warnings.simplefilter("error")  # the runs have the same texts
         results = [evaluate_classifier(Ensemble.of(order), baselines=False, device="cpu") for order in (runs, runs[::-1])]
     assert results[0].scores.accuracy == results[1].scores.accuracy
+    assert results[0].text == f"the held-out texts of {run.path}"
     predicted = together.predict(together.own_texts("heldout")).argmax(axis=1)
     credit = [together.labels[index] == item.label for index, item in zip(predicted, heldout, strict=True)]
     assert results[0].scores.accuracy == pytest.approx(np.mean(credit))
     assert together.calibrate() > 0
+
+
+def test_an_ensemble_reports_the_network_that_truncates_the_most_texts(run: Run, wordpiece_run: Run) -> None:
+    texts = ["apple apple apple apple", "the saw", "plum plum plum", "a"]
+    for runs in ([run, wordpiece_run], [wordpiece_run, run]):
+        classifier = TextClassifier(Ensemble.of(runs), torch.device("cpu"))
+        list(classifier.classify(texts[:2]))
+        list(classifier.classify(texts[2:]))
+        expected = []
+        for member in runs:
+            room = Framing.of(member.tokenizer, member.recipe.model).room
+            expected.append((sum(len(member.tokenizer.encode(text)) > room for text in texts), room))
+        assert expected[0] != expected[1]
+        assert (classifier.counts.truncated, classifier.counts.room) == max(expected)
+
+
+def test_an_ensemble_warns_if_a_member_may_have_been_trained_on_other_texts(run: Run, wordpiece_run: Run, tmp_path: Path) -> None:
+    document = (run.path / "recipe.yaml").read_text(encoding="utf-8")
+    shutil.copytree(run.path, tmp_path / "moved")
+    (tmp_path / "moved" / "recipe.yaml").write_text(document.replace("labeled", "missing"), encoding="utf-8")
+    first, second = (Member(each, each.checkpoint()) for each in (Run.open(tmp_path / "moved"), wordpiece_run))
+    classifier = TextClassifier(Ensemble((first, second)), torch.device("cpu"))
+    assert _same_texts(classifier, first, second) is None
+    assert _same_texts(classifier, first, Member(run, run.checkpoint())) is True
 
 
 def test_an_ensemble_with_different_tokenizers_requires_the_original_texts(run: Run, wordpiece_run: Run, tmp_path: Path) -> None:

@@ -286,6 +286,8 @@ def _report_parts(parts: dict[str, list[LabeledText]], reporter: Reporter) -> No
 
 
 def _report_lengths(prepared: PreparedLabels, framing: Framing, reporter: Reporter) -> None:
+    first, last = (prepared.tokenizer.backend.id_to_token(id) for id in (framing.first, framing.last))
+    added = f"two {first}" if first == last else f"{first} and {last}"
     for part, texts in (("train", prepared.train), ("heldout", prepared.heldout), ("test", prepared.test)):
         lengths = [] if texts is None else [end - start for start, end in texts.shard.documents()]
         longer = sum(length > framing.room for length in lengths)
@@ -293,8 +295,8 @@ def _report_lengths(prepared: PreparedLabels, framing: Framing, reporter: Report
             kept = "first" if framing.truncate == "head" else "first and last"
             reporter.note(
                 f"{longer:,} of {_count(len(lengths), f'{PART_ADJECTIVES[part]} text')} have more than {framing.room} tokens "
-                f"(up to {max(lengths):,}); only their {kept} {framing.room} tokens are used (data.truncate: {framing.truncate}, "
-                "model.context_length)"
+                f"(up to {max(lengths):,}); only their {kept} {framing.room} tokens are used (data.truncate: {framing.truncate}; "
+                f"the {framing.context_length} tokens of model.context_length include {added})"
             )
 
 

@@ -68,12 +68,15 @@ def sentence_vectors(
 def table(run: Run, texts: Sequence[str], how: str, **options: Any) -> Vectors:
     """Return one vector per distinct text that is not empty. The names are the texts themselves.
 
-    Raises `InputError` if there are no texts.
+    The number of duplicates is reported. Raises `InputError` if there are no texts.
     """
     counts = TextCounts()
     distinct = list(dict.fromkeys(counts.without_empty(texts)))
     if not distinct:
         raise InputError("there are no texts", hint="provide a text with one sentence per line")
+    if duplicates := len(texts) - counts.empty - len(distinct):
+        shown = f"{duplicates:,} duplicate text{'s' * (duplicates != 1)} skipped"
+        options.get("reporter", SILENT).note(f"{shown}: there is one vector for each distinct text")
     matrix = sentence_vectors(run, distinct, how, counts=counts, **options)
     chosen = options.get("checkpoint") or run.checkpoint()
     notes = {"run": run.name, "run_path": str(run.path.absolute()), "checkpoint": chosen.name, "which": WHICH, "pool": how}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import TypeAlias
 
@@ -103,6 +104,7 @@ class TextClassifier:
             framing = Framing.of(tokenizer, model.model, truncation(member.run))
             self._networks.append(_Network(model, framing, tokenizer.fingerprint))
         self.temperature = 1.0
+        self._truncated = [0] * len(self._networks)
         self.counts = TextCounts()
         """The texts that `classify` has skipped or truncated so far."""
 
@@ -124,21 +126,30 @@ class TextClassifier:
         """
         first = self._ensemble.members[0]
         encoded = {first.run.tokenizer.fingerprint: heldout_texts(first.run, split).documents()}
-        if len(self._tokenizers) > 1:
-            return self.encode([item.text for item in original_parts(first).texts[split]]) | encoded
+        others = [fingerprint for fingerprint in self._tokenizers if fingerprint not in encoded]
+        if others:
+            texts = [item.text for item in self.original_parts.texts[split]]
+            encoded |= {fingerprint: _encoded(self._tokenizers[fingerprint], texts) for fingerprint in others}
         return encoded
+
+    @cached_property
+    def original_parts(self) -> LabeledParts:
+        """The labeled texts of the first run. Raises `InputError` if they are missing or have changed."""
+        return original_parts(self._ensemble.members[0])
 
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
         """Encode texts with the tokenizer of each network."""
-        return {
-            fingerprint: [np.array(tokenizer.encode(text), dtype=np.int64) for text in texts]
-            for fingerprint, tokenizer in self._tokenizers.items()
-        }
+        return {fingerprint: _encoded(tokenizer, texts) for fingerprint, tokenizer in self._tokenizers.items()}
 
     def count(self, texts: EncodedTexts, counts: TextCounts) -> None:
-        """Add the number of texts that the network with the least room for tokens truncates to `counts`."""
-        shortest = min(self._networks, key=lambda network: network.framing.room)
-        counts.add(map(len, texts[shortest.tokenizer]), shortest.framing.room)
+        """Count truncated texts. `counts` receives the total so far for the network that truncates the most texts."""
+        for index, network in enumerate(self._networks):
+            room = network.framing.room
+            self._truncated[index] += sum(len(ids) > room for ids in texts[network.tokenizer])
+        counts.truncated, counts.room = max(
+            ((truncated, network.framing.room) for truncated, network in zip(self._truncated, self._networks, strict=True)),
+            key=lambda pair: (pair[0], -pair[1]),
+        )
 
     def classify(self, texts: Iterable[str]) -> Iterator[Prediction]:
         """Yield a prediction for each text that is not empty, in order. `counts` is updated."""
@@ -162,6 +173,10 @@ class TextClassifier:
             classification.predict(network.model, texts[network.tokenizer], network.framing, on_progress=on_progress)
             for network in self._networks
         ]
+
+
+def _encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    return [np.array(tokenizer.encode(text), dtype=np.int64) for text in texts]
 
 
 def mean_log_probabilities(logits: Sequence[np.ndarray]) -> np.ndarray:

@@ -20,7 +20,6 @@ from tinylm.evaluation.classify_texts import (
     TextClassifier,
     heldout_texts,
     mean_log_probabilities,
-    original_parts,
     require_classifier,
 )
 from tinylm.evaluation.intervals import PairedDifference, bootstrap_ratio, paired_difference
@@ -148,20 +147,22 @@ def evaluate_classifier(
     logits = each[0] if ensemble.is_single else mean_log_probabilities(each)
     scores = classification.score(logits, targets)
     for member in ensemble.members[1:] if not sources else ():
-        if not _same_texts(first, member):
-            reporter.warn(f"{member.path} was trained on other texts than {first.path}, so it may know some of these texts")
+        is_same = _same_texts(classifier, first, member)
+        if not is_same:
+            problem = "may have been" if is_same is None else "was"
+            reporter.warn(f"{member.path} {problem} trained on other texts than {first.path}, so it may know some of these texts")
     return ClassifierEvaluation(
         run=ensemble.name,
         checkpoint=ensemble.checkpoint,
         step=first.checkpoint.step if ensemble.is_single else None,
-        text=describe(sources) if sources else f"the run's {'test' if split == 'test' else 'held-out'} texts",
+        text=describe(sources) if sources else _own_texts(ensemble, split),
         split=None if sources else split,
         labels=labels,
         scores=scores,
         unseen=int((targets == UNSEEN).sum()),
         calibration=classification.fit_temperature(logits, targets) if (targets >= 0).any() else float("nan"),
         mistakes=_mistakes(first.run, texts, names, labels, logits, mistakes),
-        baselines=_baselines(first, items, split, logits, targets, reporter) if baselines else {},
+        baselines=_baselines(classifier, first, items, split, logits, targets, reporter) if baselines else {},
         members=[] if ensemble.is_single else _members(ensemble, each, logits, targets),
     )
 
@@ -242,15 +243,21 @@ def _encoded(classifier: TextClassifier, run: Run, items: Sequence[LabeledText],
     return classifier.own_texts(split), [shard.names[id] for id in shard.labels]
 
 
-def _same_texts(first: Member, second: Member) -> bool:
-    """Whether two classifiers were trained and evaluated on the same texts. If this cannot be determined, it is False."""
-    fingerprints = [member.checkpoint.state.get("fingerprints", {}).get("data") for member in (first, second)]
-    if first.run.tokenizer.fingerprint == second.run.tokenizer.fingerprint:
-        return bool(fingerprints[0] == fingerprints[1])
-    try:
-        return bool(original_parts(first).encoded_fingerprint(second.run.tokenizer) == fingerprints[1])
-    except InputError:
-        return False
+def _own_texts(ensemble: Ensemble, split: str) -> str:
+    """Describe the texts of the first run."""
+    kind = "test" if split == "test" else "held-out"
+    return f"the run's {kind} texts" if ensemble.is_single else f"the {kind} texts of {ensemble.members[0].path}"
+
+
+def _same_texts(classifier: TextClassifier, first: Member, second: Member) -> bool | None:
+    """Whether two members were trained and evaluated on the same texts, or None if this cannot be determined."""
+    expected, found = (member.checkpoint.state.get("fingerprints", {}).get("data") for member in (first, second))
+    if first.run.tokenizer.fingerprint != second.run.tokenizer.fingerprint:
+        try:
+            expected = classifier.original_parts.encoded_fingerprint(second.run.tokenizer)
+        except InputError:
+            return None
+    return None if expected is None or found is None else bool(expected == found)
 
 
 def _ids(names: Sequence[str], labels: Sequence[str]) -> np.ndarray:
@@ -275,6 +282,7 @@ def _mistakes(
 
 
 def _baselines(
+    classifier: TextClassifier,
     member: Member,
     items: Sequence[LabeledText],
     split: str,
@@ -289,7 +297,7 @@ def _baselines(
     if objective.label_counts:
         scores[MAJORITY] = majority_scores(objective.label_counts, len(targets))
     try:
-        parts = original_parts(member).texts
+        parts = classifier.original_parts.texts
         texts = [item.text for item in (items or parts[split])]
         scores[TFIDF] = tfidf_linear_scores(parts["train"], texts, objective.labels)
     except InputError as error:

@@ -10,6 +10,8 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
+from pydantic import BaseModel
+
 from tinylm import hints
 from tinylm.recipe.arithmetic import divisors
 from tinylm.recipe.chat import ChatSection, DPOObjective, PreferencesSection
@@ -21,6 +23,8 @@ from tinylm.recipe.mixture import MixtureShares, mixture_problems
 from tinylm.recipe.pairs import CATALOG, TOY, PairShare, PairsSection, TranslationObjective
 from tinylm.recipe.schema import (
     LENGTHS,
+    MODEL_VARIANTS,
+    OBJECTIVE_VARIANTS,
     BpeTokenizer,
     CausalLMObjective,
     DataSection,
@@ -31,6 +35,7 @@ from tinylm.recipe.schema import (
     ModelVariant,
     MuonOptimizer,
     NoamSchedule,
+    ObjectiveVariant,
     Recipe,
     TestShare,
     TrainingSection,
@@ -115,11 +120,12 @@ def _check_model(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     model, objective = recipe.model, recipe.objective
     for key, problem in model.problems():
         yield ("model", key), problem
-    if objective.name not in model.objectives and model.architecture not in objective.architectures:
-        yield (
-            ("objective",),
-            f"the {model.architecture} architecture cannot be trained with {objective.name} (only with {listed(model.objectives)})",
-        )
+    if not _can_train(type(model), type(objective)):
+        objectives = [name for name, section in OBJECTIVE_VARIANTS.sections.items() if _can_train(type(model), section)]
+        architectures = [name for name, section in MODEL_VARIANTS.sections.items() if _can_train(section, type(objective))]
+        hint = f" (set model.architecture: {listed(architectures, 'or')})" if architectures else ""
+        problem = f"cannot be trained with {objective.name}, only with {listed(objectives)}"
+        yield ("objective",), f"the {model.architecture} architecture {problem}{hint}"
     yield from _check_objective(recipe)
     yield from _check_architecture(recipe)
     yield from _check_translation(recipe)
@@ -129,6 +135,14 @@ def _check_model(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             ("evaluation", "stride"),
             f"must be at most context_length {model.context_length}, not {stride} (tokens between windows would be skipped)",
         )
+
+
+def _can_train(model: type[BaseModel], objective: type[BaseModel]) -> bool:
+    """Whether a model variant can be trained with an objective variant."""
+    assert issubclass(model, ModelVariant)
+    assert issubclass(objective, ObjectiveVariant)
+    architecture, name = model.model_fields["architecture"].default, objective.model_fields["name"].default
+    return name in model.objectives or architecture in objective.architectures
 
 
 def _check_objective(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:

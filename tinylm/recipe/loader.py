@@ -459,14 +459,18 @@ def _unknown_key_message(key: _SchemaKey, schema: type[BaseModel], value: object
 
 
 def _key_hint(key: _SchemaKey, schema: type[BaseModel], value: object) -> str | None:
-    """Return a hint for an unknown key. For an unknown section with a single key, prefer the hint for that key."""
+    """Return a hint for an unknown key.
+
+    For an unknown section with a single key, prefer the hint for that key, unless the name of the section looks misspelled.
+    """
     path, known = tuple(map(str, key.path)), frozenset(all_keys(schema))
-    if isinstance(value, dict) and len(value) == 1:
+    meant, similar = hints.recipe_key(path, known), did_you_mean(path[-1], key.section.model_fields)
+    if isinstance(value, dict) and len(value) == 1 and (meant or not similar):
         inner = (*path, *map(str, value))
         hint = hints.recipe_key(inner, known)
         if hint is not None:
             return hint
-    return hints.recipe_key(path, known) or did_you_mean(path[-1], key.section.model_fields)
+    return meant or similar
 
 
 def _outside_lists(path: KeyPath) -> KeyPath:

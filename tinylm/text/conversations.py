@@ -107,7 +107,7 @@ class ConversationFormat(RecordFormat):
             record = {**record, "input": ""}
         for name in self.fields:
             if name not in record:
-                raise InputError(f"no field {name!r} (fields: {', '.join(map(str, record))})", where=where, hint=_HINT)
+                raise InputError(f"no field {name!r}; fields: {', '.join(map(str, record))}", where=where, hint=_HINT)
         messages = parse_messages(self._messages(record, where), where, self._content)
         check_turns(messages, where, answered=True)
         return json.dumps({"where": where, "messages": [message.as_dict() for message in messages]})
@@ -144,7 +144,7 @@ class PreferenceFormat(ConversationFormat):
         question = "messages" if "messages" in record else "prompt"
         for name in (question, *self.fields):
             if name not in record:
-                raise InputError(f"no field {name!r} (fields: {', '.join(map(str, record))})", where=where, hint=self._hint)
+                raise InputError(f"no field {name!r}; fields: {', '.join(map(str, record))}", where=where, hint=self._hint)
         prompt = self._parse(record, question, USER, where)
         check_turns(prompt, where, answered=False)
         answers: list[Message] = []

@@ -17,7 +17,7 @@ from tinylm.errors import InputError
 from tinylm.text.records import RecordFormat
 from tinylm.text.sources import Corpus
 
-_HINT = "choose other fields with data.text and data.label, or with --field and --label of `tinylm eval`"
+_HINT = "choose the fields with --field and --label; in a recipe, with data.text and data.label"
 
 
 @dataclass(frozen=True, slots=True)

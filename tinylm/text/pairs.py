@@ -63,7 +63,7 @@ class PairRecordFormat(RecordFormat):
         for name in self.fields:
             if name not in record:
                 hint = did_you_mean(name, map(str, record)) or self._hint
-                raise InputError(f"no field {name!r} (fields: {', '.join(map(str, record))})", where=where, hint=hint)
+                raise InputError(f"no field {name!r}; fields: {', '.join(map(str, record))}", where=where, hint=hint)
         source, target, document, language = self.names
         values = [self._value(record, source, where), self._value(record, target, where)]
         named = record.get(document)

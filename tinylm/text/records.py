@@ -19,8 +19,8 @@ DEFAULT_FIELD = "text"
 TABLE_SUFFIXES = (".csv", ".tsv")
 RECORD_SUFFIXES = (".jsonl", ".parquet", *TABLE_SUFFIXES)
 """Formats whose documents are records with fields. A document of any other format is a whole file."""
-_FIELD_HINT = "choose another with --field (data.field), or combine several with --template (data.template)"
-_TEMPLATE_HINT = "correct --template (data.template)"
+_FIELD_HINT = "choose one with --field, or several with --template; in a recipe, with data.field or data.template"
+_TEMPLATE_HINT = "correct --template; in a recipe, data.template"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class RecordFormat:
                 similar = did_you_mean(name, columns)
                 hint = f"{similar} {self._hint}" if similar else self._hint
                 hint += "; the first line must contain the column names" if header and not similar else ""
-                raise InputError(f"no column {name!r} (columns: {listed})", where=where, hint=hint)
+                raise InputError(f"no column {name!r}; columns: {listed}", where=where, hint=hint)
             if columns.count(name) > 1:
                 raise InputError(f"has {columns.count(name)} columns named {name!r}", where=where, hint="rename one of them")
 
@@ -78,7 +78,7 @@ class RecordFormat:
             raise InputError("not a JSON object", where=where)
         for name in self.fields:
             if name not in record:
-                raise InputError(f"no field {name!r} (fields: {', '.join(map(str, record))})", where=where, hint=self._hint)
+                raise InputError(f"no field {name!r}; fields: {', '.join(map(str, record))}", where=where, hint=self._hint)
         if self.template is None:
             return self._value(record, self.field, where)
         return "".join(before + ("" if name is None else self._value(record, name, where)) for before, name in self._parts)
