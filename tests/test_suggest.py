@@ -82,7 +82,7 @@ def test_the_vocabulary_grows_with_the_text(tmp_path: Path, english: str) -> Non
 def test_dropout_depends_on_the_number_of_epochs(tmp_path: Path, english: str) -> None:
     path = tmp_path / "short.txt"
     path.write_text(english[:30_000], encoding="utf-8")
-    many, few = suggested(path, minutes=10), suggested("builtin:python-docs", minutes=0.2)
+    many, few = suggested(path, minutes=10), suggested("builtin:python-docs", minutes=0.15)
     assert many.plan.epochs > 10
     assert few.plan.epochs < 1
     assert many.recipe.model.dropout > few.recipe.model.dropout == 0
@@ -157,7 +157,7 @@ def test_larger_models_train_for_fewer_epochs(text_file: Path) -> None:
 
 
 def test_the_yaml_states_reasons_and_loads_as_the_same_recipe(text_file: Path) -> None:
-    for suggestion, length in ((suggested(text_file), "epochs"), (suggested("builtin:python-docs", minutes=0.2), "minutes")):
+    for suggestion, length in ((suggested(text_file), "epochs"), (suggested("builtin:python-docs", minutes=0.15), "minutes")):
         assert loads(suggestion.yaml) == suggestion.recipe
         for key in ("heldout", "vocab_size", "n_layer", "context_length", "global_batch_size", "optimizer", "schedule", length):
             line = next(line for line in suggestion.yaml.splitlines() if f"{key}:" in line)

@@ -27,6 +27,7 @@ def idle_teams() -> int:
     return sum(thread.name == "idle OpenMP team" for thread in threading.enumerate())
 
 
+@pytest.mark.skipif(available_cores() < 2, reason="requires two CPU cores")
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(("share", "expected"), [(0.99, "spin"), (0.5, "sleep")])
 def test_the_policy_follows_the_load(share: float, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def test_preset_bert_matches_bert_for_masked_lm() -> None:
     )
     assert section_from_config(config.to_dict(), "here") == network.model.model_copy(update={"dropout": 0.1})
     reference = transformers.BertForMaskedLM(config).eval()
-    missing, unexpected = reference.load_state_dict(export_tensors(network), strict=False)
+    missing, unexpected = reference.load_state_dict(export_tensors(network, has_head=True), strict=False)
     assert not unexpected
     assert set(missing) <= {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
     reference.tie_weights()
