@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import opcheck
 
 from tinylm.model import fused_attention as module
 from tinylm.model.fused_attention import fused_attention
@@ -123,10 +124,10 @@ def test_the_custom_operators_support_torch_compile() -> None:
     for is_causal in (False, True):
         q, k, v, gradient = _inputs(SHAPES["grouped"])
         mask = None if is_causal else torch.rand(2, 1, 140, 140) < 0.9
-        torch.library.opcheck(module._attention, (q, k, v, mask, is_causal))
+        opcheck(module._attention, (q, k, v, mask, is_causal))
         attended, log_total = module._attention(q, k, v, mask, is_causal)
         saved = (x.detach() for x in (q, k, v, attended, log_total))
-        torch.library.opcheck(module._attention_gradients, (gradient, *saved, mask, is_causal))
+        opcheck(module._attention_gradients, (gradient, *saved, mask, is_causal))
 
 
 @pytest.mark.parametrize(("dtype", "dropout"), [(torch.float32, 0.0), (torch.bfloat16, 0.5)])
