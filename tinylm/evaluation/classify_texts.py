@@ -13,7 +13,7 @@ import torch
 
 from tinylm.data.framing import Framing, TextCounts
 from tinylm.data.labels import LabeledParts, LabeledShard, open_labeled, read_parts
-from tinylm.ensemble import Ensemble, Member
+from tinylm.ensemble import Ensemble
 from tinylm.errors import InputError
 from tinylm.evaluation import classification
 from tinylm.evaluation.scoring import ensemble_losses
@@ -63,20 +63,6 @@ def heldout_texts(run: Run, split: str = "heldout") -> LabeledShard:
     if not (run.path / "heldout").exists():
         raise InputError("this run has no held-out texts", where=str(run.path), hint="specify labeled texts to evaluate it on")
     return open_labeled(run.path / "heldout", split, run.tokenizer.vocab_size)
-
-
-def original_parts(member: Member) -> LabeledParts:
-    """Read the labeled texts that a classifier was trained and evaluated on.
-
-    Raises `InputError` if they are missing or have changed since the run was trained.
-    """
-    run, data = member.run, member.run.recipe.data
-    if not isinstance(data, LabelsSection):
-        raise InputError("the training texts of an imported model are not available", where=member.path)
-    parts = read_parts(data, SILENT)
-    if parts.encoded_fingerprint(run.tokenizer) != member.checkpoint.state["fingerprints"]["data"]:
-        raise InputError("the training texts have changed since the run was trained", where=str(run.path / "recipe.yaml"))
-    return parts
 
 
 @dataclass(frozen=True)
@@ -134,8 +120,19 @@ class TextClassifier:
 
     @cached_property
     def original_parts(self) -> LabeledParts:
-        """The labeled texts of the first run. Raises `InputError` if they are missing or have changed."""
-        return original_parts(self._ensemble.members[0])
+        """The labeled texts that the first run was trained and evaluated on.
+
+        Raises `InputError` if they are missing or have changed since the run was trained.
+        """
+        first = self._ensemble.members[0]
+        data = first.run.recipe.data
+        if not isinstance(data, LabelsSection):
+            raise InputError("the training texts of an imported model are not available", where=first.path)
+        parts = read_parts(data, SILENT)
+        if parts.encoded_fingerprint(first.run.tokenizer) != first.checkpoint.state["fingerprints"]["data"]:
+            where = str(first.run.path / "recipe.yaml")
+            raise InputError("the training texts have changed since the run was trained", where=where)
+        return parts
 
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
         """Encode texts with the tokenizer of each network."""
