@@ -17,6 +17,10 @@ from tinylm.reporting import Reporter
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SPEEDUP_WIDTH = 256
 """Width of the square matrices in `bf16_speedup`."""
+
+_WORTH_A_TRIAL = 0.5
+"""Smallest `bf16_speedup` at which a whole training step can be faster in bf16. The measurement varies by a factor of two, and CPUs
+that emulate bf16 are 10 or more times slower."""
 _PEAK_WIDTHS = {"cpu": (1024, 2048), "cuda": (8192,), "mps": (2048,)}
 """Widths of the square matrices in `measure_peak_flops`. On some CPUs, a bf16 matmul of the smaller width runs on a single core, so
 the larger width is also timed. In fp32, this is not necessary and would only delay the start of training."""
@@ -74,16 +78,17 @@ class Precision:
 
 
 def resolve(name: str, device: torch.device, reporter: Reporter) -> Precision:
-    """Return the precision called `name`. `auto` means bf16 if it is faster, fp16 on a GPU without bf16 units, and otherwise fp32.
+    """Return the precision called `name`. `auto` means bf16 if the device supports it, fp16 on other GPUs, and otherwise fp32.
 
-    Warns if bf16 was requested on a CPU where it is slower than fp32.
+    If `auto` results in bf16 on a CPU, the caller should check with the model itself that it is faster. Warns if bf16 was requested
+    on a CPU where it is much slower than fp32.
     """
     if name == "auto":
         if device.type == "cuda":
             name = "bf16" if has_bf16_units(device) else "fp16"
         else:
-            name = "bf16" if device.type == "cpu" and bf16_speedup(device) > 1.5 else "fp32"
-    elif name == "bf16" and device.type == "cpu" and (speedup := bf16_speedup(device)) < 1:
+            name = "bf16" if device.type == "cpu" and bf16_speedup(device) > _WORTH_A_TRIAL else "fp32"
+    elif name == "bf16" and device.type == "cpu" and (speedup := bf16_speedup(device)) < _WORTH_A_TRIAL:
         reporter.warn(f"bf16 is {1 / speedup:.0f} times slower than fp32 on this CPU (use fp32 with --set training.precision=fp32)")
     return Precision(name, device)
 
