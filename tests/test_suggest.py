@@ -20,8 +20,11 @@ from tinylm.recipe.schema import BpeTokenizer, DataSection
 from tinylm.reporting import CollectingReporter
 from tinylm.suggest import (
     ACCELERATOR_STEPS,
+    LONG_CONTEXT,
+    LONG_CONTEXT_STEPS,
     MAX_EPOCHS,
     MAX_MEMORIZATION,
+    SHORT_CONTEXT,
     SHORT_TEXT_EPOCHS,
     SIZES,
     Budget,
@@ -137,6 +140,24 @@ def test_the_size_can_be_fixed() -> None:
 def test_all_sizes_have_a_head_width_of_64() -> None:
     assert all(layers >= 2 and width % 64 == 0 for layers, width in SIZES)
     assert list(SIZES) == sorted(SIZES)
+
+
+@pytest.mark.parametrize("accelerator", [None, "rtx-4090"])
+def test_long_runs_get_a_longer_context_and_the_same_number_of_tokens_per_step(accelerator: str | None) -> None:
+    def suggest(minutes: float, **options: bool) -> Suggestion:
+        budget = Budget(minutes, accelerator, processor=None if accelerator else FAST)
+        return suggest_recipe(DataSection(train=("builtin:python-docs",)), budget, sizes=[(4, 256)], **options)
+
+    short, long = (1, 10) if accelerator is None else (0.05, 0.2)
+    for minutes, options, context in (
+        (short, {}, SHORT_CONTEXT),
+        (long, {}, LONG_CONTEXT),
+        (long, {"fixed_context": True}, SHORT_CONTEXT),
+    ):
+        plan, model = (suggestion := suggest(minutes, **options)).plan, suggestion.recipe.model
+        assert model.context_length == context
+        assert (plan.steps >= LONG_CONTEXT_STEPS) == (minutes == long)
+        assert accelerator is not None or plan.tokens_per_step == 2048
 
 
 def test_the_excess_loss_falls_with_tokens_and_parameters() -> None:

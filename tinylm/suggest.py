@@ -69,7 +69,11 @@ ACCELERATOR_STEPS = 1500
 """Accelerators are faster with large batches. Their batch size is doubled while there are at least twice this many steps."""
 MAX_BATCH_TOKENS = 1 << 19
 LONG_TEXT_TOKENS = 10_000_000
-"""With at least this many training tokens, the context length on accelerators is 1024."""
+"""With at least this many training tokens, the context length on accelerators is `ACCELERATOR_CONTEXT`."""
+SHORT_CONTEXT, LONG_CONTEXT, ACCELERATOR_CONTEXT = 256, 512, 1024
+LONG_CONTEXT_STEPS = 800
+"""From this number of steps on, `LONG_CONTEXT` is used instead of `SHORT_CONTEXT`, with the same number of tokens per step. On
+three texts, it gave 1 to 4% fewer bits per byte after 1,000 to 2,300 steps, but up to 3% more after 150 to 450 steps."""
 
 REGULARIZATION: tuple[tuple[float, float, float | None], ...] = ((6, 0.2, None), (3, 0.1, 0.5), (0.6, 0.0, 0.5), (0, 0.0, 0.0))
 """(minimum number of epochs, dropout, n-gram dropout). None means no n-gram tables. Without dropout, the tables memorize the names
@@ -130,13 +134,15 @@ class _Draft:
     vocab_size: int = 4096
     layers: int = 4
     width: int = 256
-    context: int = 256
+    context: int = SHORT_CONTEXT
     batch: int = 8
     dropout: float = 0.0
     ngram_dropout: float | None = 0.0
     """None means no n-gram tables."""
     for_gguf: bool = False
     """Use only features that llama.cpp supports."""
+    fixed_context: bool = False
+    """Use the same context length for runs of all lengths."""
     evaluations: int = 1
     max_tokens: int | None = None
     """Number of held-out tokens to evaluate on during training. None means all."""
@@ -229,12 +235,14 @@ def suggest_recipe(
     name: str = "mine",
     sizes: Sequence[tuple[int, int]] = SIZES,
     for_gguf: bool = False,
+    fixed_context: bool = False,
     reporter: Reporter = SILENT,
 ) -> Suggestion:
     """Return the recipe with the lowest predicted held-out loss within the budget. The budget includes evaluations.
 
     `sizes` lists (number of layers, width) for the models to choose from, smallest first. `data.heldout` is replaced.
-    If `for_gguf` is true, the model and the tokenizer use only features that llama.cpp supports.
+    If `for_gguf` is true, the model and the tokenizer use only features that llama.cpp supports. If `fixed_context` is true, the
+    context length does not depend on the length of the training run.
 
     Raises `InputError` if the text cannot be read or is too short, if it is standard input (which training could not read again),
     if no model fits in memory, or if the budget does not allow `MIN_STEPS` steps of the smallest model.
@@ -242,11 +250,12 @@ def suggest_recipe(
     if "-" in data.sources()["train"]:
         raise InputError("standard input cannot be read again for training", where="-", hint="save it to a file")
     draft, summary = _first_draft(name, data, budget)
-    draft = replace(draft, for_gguf=for_gguf, ngram_dropout=None if for_gguf else draft.ngram_dropout)
+    draft = replace(draft, for_gguf=for_gguf, fixed_context=fixed_context, ngram_dropout=None if for_gguf else draft.ngram_dropout)
     read_bytes = BYTES_PER_TOKEN * _plan(draft, summary.as_tokens(draft.vocab_size), budget).tokens
     draft = replace(draft, vocab_size=vocab_size_for(summary.train_bytes, read_bytes))
     text = estimate_text_size(draft.recipe.data, draft.recipe.tokenizer, reporter)
-    draft = _with_context(replace(draft, vocab_size=text.vocab_size), text, budget)
+    context = SHORT_CONTEXT if budget.accelerator is None or text.train_tokens < LONG_TEXT_TOKENS else ACCELERATOR_CONTEXT
+    draft = _with_context(replace(draft, vocab_size=text.vocab_size), context, text, budget)
     candidates = list(_candidates(draft, text, budget, sizes))
     if not candidates:
         raise _no_candidate_error(replace(draft, layers=sizes[0][0], width=sizes[0][1]), text, budget)
@@ -303,7 +312,9 @@ def _first_draft(name: str, data: DataSection, budget: Budget) -> tuple[_Draft, 
     summary = _TextSummary(scan.bytes, scan.documents, int(scan.bytes * (1 - share)), int(scan.bytes * share))
     if summary.train_bytes < MIN_BYTES:
         raise InputError(f"{scan.bytes:,} bytes are not enough to train on", where=describe(sources), hint="use a longer text")
-    return _Draft(name, data, share, by, budget.minutes, prompt[:40], batch=_batch(CPU_BATCH_TOKENS // 256, budget)), summary
+    return _Draft(
+        name, data, share, by, budget.minutes, prompt[:40], batch=_batch(CPU_BATCH_TOKENS // SHORT_CONTEXT, budget)
+    ), summary
 
 
 def _holds_out(scan: split.Scan, share: float) -> bool:
@@ -321,9 +332,8 @@ def _batch(sequences: int, budget: Budget) -> int:
     return math.ceil(sequences / budget.devices) * budget.devices
 
 
-def _with_context(draft: _Draft, text: TextSize, budget: Budget) -> _Draft:
-    """Choose the context length for the text and the machine, and the batch size for a CPU."""
-    context = 256 if budget.accelerator is None or text.train_tokens < LONG_TEXT_TOKENS else 1024
+def _with_context(draft: _Draft, context: int, text: TextSize, budget: Budget) -> _Draft:
+    """Set the context length, or a shorter one for a short text, and the batch size for a CPU."""
     while context > 16 and (text.train_tokens < 32 * context or text.heldout_tokens < 2 * context):
         context //= 2
     tokens = min(CPU_BATCH_TOKENS, SHORT_TEXT_EPOCHS * text.train_tokens // SHORT_TEXT_STEPS)
@@ -350,8 +360,10 @@ def _no_candidate_error(smallest: _Draft, text: TextSize, budget: Budget) -> Inp
 
 
 def _completed(draft: _Draft, text: TextSize, budget: Budget) -> tuple[_Draft, Plan]:
-    """Choose the batch size, training length, dropout and evaluation interval for the model size and the budget."""
+    """Choose the context and batch size, training length, dropout and evaluation interval for the model size and the budget."""
     draft, plan = _with_length(draft, text, budget)
+    if draft.context == SHORT_CONTEXT and plan.steps >= LONG_CONTEXT_STEPS and not draft.fixed_context:
+        draft, plan = _with_length(_with_context(draft, LONG_CONTEXT, text, budget), text, budget)
     if budget.accelerator is not None:
         while plan.steps >= 2 * ACCELERATOR_STEPS and plan.tokens_per_step < MAX_BATCH_TOKENS:
             draft, plan = _with_length(replace(draft, batch=2 * draft.batch), text, budget)

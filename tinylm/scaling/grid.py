@@ -189,7 +189,8 @@ def plan_grid(request: Request, *, processor: Processor | None = None, reporter:
         if key.strip() in FIXED_KEYS:
             raise InputError("`tinylm scale` chooses the sizes and training lengths", where=f"--set {setting}", hint="omit it")
     budget = Budget(request.minutes, request.accelerator, processor=processor)
-    suggestion = suggest_recipe(DataSection(train=request.source), budget, name="scale", sizes=FAMILY, reporter=reporter)
+    data = DataSection(train=request.source)
+    suggestion = suggest_recipe(data, budget, name="scale", sizes=FAMILY, fixed_context=True, reporter=reporter)
     base = loads(suggestion.yaml, request.overrides)
     known = (base.data, base.tokenizer) == (suggestion.recipe.data, suggestion.recipe.tokenizer)
     text = estimate_text_size(base.data, base.tokenizer, SILENT if known else reporter)
