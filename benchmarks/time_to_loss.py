@@ -1,10 +1,11 @@
-"""Compare how quickly tinylm's character-level recipe and nanoGPT's recipe reach nanoGPT's loss on the same CPU cores.
+"""Compare how quickly a recipe of tinylm and nanoGPT's recipe reach nanoGPT's loss on the same CPU cores.
 
     python benchmarks/time_to_loss.py SOURCE [--target 1.88] [--repeat 3] [--recipe shakespeare-char]
 
 SOURCE is tinyshakespeare.txt, another text of about a megabyte, or builtin:python-docs. The loss is in nats per character over all
-held-out characters (the last tenth of the text), each scored once. Times count only training steps, not evaluation. For each seed,
-the script trains three times:
+held-out characters (the last tenth of the text), each scored once. For a recipe with subword tokens, like shakespeare-bpe, the loss
+per token is converted to a loss per character. Times count only training steps, not evaluation. For each seed, the script trains
+three times:
 
 1. The baseline: the unchanged `nanogpt-char` recipe (2000 steps), evaluated every 250 steps. This measures its final loss, its
    training time, and its time to the target loss. Without --target, the target is the baseline's final loss.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -35,8 +37,15 @@ def train(recipe: str, folder: Path, *settings: str) -> tuple[dict[str, Any], li
     return result, [line for line in lines if line["kind"] == "eval"]
 
 
+def per_byte(evaluation: dict[str, Any]) -> float:
+    """Return the loss in nats per byte."""
+    nats: float = evaluation["val_bits_per_byte"] * math.log(2)
+    return nats
+
+
 def seconds_to_target(evaluations: list[dict[str, Any]], target: float) -> float | None:
-    return next((line["train_seconds"] for line in evaluations if line["val_loss"] <= target), None)
+    """Return the training time at the first evaluation with at most `target` nats per byte."""
+    return next((line["train_seconds"] for line in evaluations if per_byte(line) <= target), None)
 
 
 def main() -> None:
@@ -55,13 +64,15 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             baseline, evaluations = train("nanogpt-char", Path(folder, "baseline"), source, f"seed={seed}", "evaluation.every=250")
             target = arguments.target or baseline["val_loss"]
-            baseline_seconds = seconds_to_target(evaluations, target)
+            bytes_per_character = evaluations[-1]["val_loss"] / per_byte(evaluations[-1])
+            baseline_seconds = seconds_to_target(evaluations, target / bytes_per_character)
             minutes = baseline["train_seconds"] / 60
             short = (source, f"seed={seed}", "training.steps=200", "evaluation.every=10", "training.schedule=constant")
             _, evaluations = train(arguments.recipe, Path(folder, "short"), *short)
-            recipe_seconds = seconds_to_target(evaluations, target)
+            recipe_seconds = seconds_to_target(evaluations, target / bytes_per_character)
             same_time = (source, f"seed={seed}", "training.steps=null", f"training.minutes={minutes}", "evaluation.every=100000")
-            long, _ = train(arguments.recipe, Path(folder, "long"), *same_time)
+            long, evaluations = train(arguments.recipe, Path(folder, "long"), *same_time)
+            long_loss = per_byte(evaluations[-1]) * bytes_per_character
         baseline_time, recipe_time = (
             "not reached" if seconds is None else f"after {seconds:.1f} s" for seconds in (baseline_seconds, recipe_seconds)
         )
@@ -69,12 +80,12 @@ def main() -> None:
             f"seed {seed}: nanogpt-char: loss {baseline['val_loss']:.4f} after {baseline['train_seconds']:.1f} s, "
             f"target {target:.2f} {baseline_time}; "
             f"{arguments.recipe}: target {target:.2f} {recipe_time}, "
-            f"loss {long['val_loss']:.4f} after {long['train_seconds']:.1f} s ({long['step']} steps)",
+            f"loss {long_loss:.4f} after {long['train_seconds']:.1f} s ({long['step']} steps)",
             flush=True,
         )
         if recipe_seconds is not None:
             speedups.append((baseline_seconds if baseline_seconds is not None else baseline["train_seconds"]) / recipe_seconds)
-        same_time_losses.append(long["val_loss"])
+        same_time_losses.append(long_loss)
     if speedups:
         lower_bound = " (a lower bound if the baseline did not reach the target)" if arguments.target else ""
         print(f"speedup to the target loss: median {statistics.median(speedups):.1f}{lower_bound}")
