@@ -58,7 +58,7 @@ class PlainView(Observer):
             self._console.print(f"{'':>11}  {name}: {scores}", markup=False, style="dim")
 
     def note(self, text: str) -> None:
-        self._console.print(text, style=styles.WARNING, markup=False)
+        self._console.print(text, style=styles.WARNING, markup=False, soft_wrap=not self._console.is_terminal)
 
     def stopping(self) -> None:
         self._console.print(_STOPPING)

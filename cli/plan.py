@@ -196,6 +196,8 @@ def _rows(planned: Plan) -> list[tuple[str, str]]:
     devices = f" on each of {planned.devices} devices" if planned.devices > 1 else ""
     machine = "this CPU" if planned.hardware == "cpu" else f"{planned.devices} {planned.hardware}"
     machine += f" in {planned.nodes} machines" if planned.nodes > 1 else ""
+    low_steps, steps = planned.steps_range
+    at_most = "up to " if low_steps < steps else ""
     return [
         ("parameters", f"{planned.parameters:,} ({planned.parameters_non_embedding:,} without embeddings and head)"),
         ("vocabulary", f"{planned.vocab_size:,} tokens"),
@@ -205,9 +207,9 @@ def _rows(planned: Plan) -> list[tuple[str, str]]:
             f"{planned.global_batch_size} sequences, {planned.tokens_per_step:,} tokens per step: "
             f"{micro_batches} of {planned.micro_batch_size}{devices}",
         ),
-        ("training length", f"{steps_text(planned)}, {planned.tokens:,} tokens, {planned.epochs:.2f} epochs"),
+        ("training length", f"{steps_text(planned)}, {at_most}{planned.tokens:,} tokens, {planned.epochs:.2f} epochs"),
         *(("mixture", _source(use)) for use in planned.sources),
-        ("compute", f"{format_count(planned.flops, space=' ')}FLOP"),
+        ("compute", f"{at_most}{format_count(planned.flops, space=' ')}FLOP"),
         ("peak memory", _memory(planned, devices)),
         ("checkpoint", format_size(planned.checkpoint_bytes)),
         (f"time on {machine}", _time(planned)),

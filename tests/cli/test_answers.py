@@ -277,6 +277,10 @@ def test_a_plan_warns_if_the_machine_is_busy(
     by_clock = ("--set", "training.minutes=1", "--set", "training.steps=null", "--json")
     low, high = run_cli("plan", recipe_file, *by_clock).json["steps_range"]
     assert low == pytest.approx(share * high if warns else high, abs=1)
+    length = next(
+        line for line in run_cli("plan", recipe_file, *by_clock[:-1]).out.splitlines() if line.startswith("training length")
+    )
+    assert ("up to" in length) == warns
 
 
 def test_plan_lists_accelerators_and_rejects_invalid_device_counts(run_cli: RunCli, recipe_file: Path) -> None:

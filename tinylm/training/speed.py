@@ -91,7 +91,7 @@ class SpeedMonitor(Observer):
         )
         factor = self._expected / speed
         self._note(
-            f"training is slow: {speed:,.0f} tokens/s instead of the {self._expected:,.0f} expected on this machine when it is "
-            f"idle; {cause}; at this speed, training takes {factor:.2g} times as long"
+            f"warning: training is slow: {speed:,.0f} tokens/s instead of the {self._expected:,.0f} expected on this machine "
+            f"when it is idle; {cause}; at this speed, training takes {factor:.2g} times as long"
         )
         self._compares = False
