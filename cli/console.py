@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -246,6 +247,23 @@ def parse_duration(text: str | None, option: str = "--stop-after") -> float | No
     if match is None:
         raise InputError(f"{text!r} is not a duration", where=option, hint="for example 90s, 55m or 2h")
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+@contextmanager
+def continued_by_same_command() -> Iterator[None]:
+    """If Ctrl-C or SIGTERM stops the command, print that the same command continues the work."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit as exit_request:
+        if exit_request.code != 128 + signal.SIGTERM:
+            raise
+        code = 128 + signal.SIGTERM
+    else:
+        return
+    stderr_console().print_line("stopped; run the same command again to continue", "dim")
+    raise SystemExit(code)
 
 
 def open_run(path: str | None, console: StderrConsole, *, quiet: bool) -> Run:

@@ -15,6 +15,7 @@ from .console import (
     JSON,
     QUIET,
     checked_output_file,
+    continued_by_same_command,
     format_count,
     format_duration,
     pluralize,
@@ -95,7 +96,9 @@ def sweep(
     else:
         check_space(checked, axes, ranges)
     first = checked.recipe({axis.key: axis.values[0] for axis in axes} | {interval.key: interval.bounds[0] for interval in ranges})
-    runner = Sweep(RUNS / f"{first.name}-sweep" if out is None else Path(out), file, jobs=jobs, device=device)
+    progress = _Progress(quiet=quiet)
+    folder = RUNS / f"{first.name}-sweep" if out is None else Path(out)
+    runner = Sweep(folder, file, jobs=jobs, device=device, on_start=progress.started)
     check_sweep_folder(runner.folder)
     if trials is None:
         planned = _grid(axes)
@@ -107,16 +110,17 @@ def sweep(
     if dry_run:
         _show_planned(runner, planned, count, json=json)
         return
-    progress = _Progress(count, quiet=quiet)
+    progress.announce(count, runner.folder)
     names = [training.name for training in planned]
-    outcomes = sorted(progress.follow(run_all()), key=lambda outcome: (names.index(outcome.name) if names else 0, outcome.name))
-    summary = summarize(outcomes)
     n_seeds = seeds or (3 if trials is not None else 1)
-    # With more seeds, the best setting may become worse than another one, which is then trained with more seeds, too.
-    while summary.best is not None and (repeats := _repeats(runner, summary.best, n_seeds)):
-        progress.total += len(repeats)
-        outcomes += progress.follow(runner.run(repeats))
+    with continued_by_same_command():
+        outcomes = sorted(progress.follow(run_all()), key=lambda outcome: (names.index(outcome.name) if names else 0, outcome.name))
         summary = summarize(outcomes)
+        # With more seeds, the best setting may become worse than another one, which is then trained with more seeds, too.
+        while summary.best is not None and (repeats := _repeats(runner, summary.best, n_seeds)):
+            progress.total += len(repeats)
+            outcomes += progress.follow(runner.run(repeats))
+            summary = summarize(outcomes)
     if image is not None:
         from tinylm.sweep.picture import draw
 
@@ -152,13 +156,23 @@ def _repeats(runner: Sweep, best: Group, count: int) -> list[Training]:
 
 
 class _Progress:
-    """Prints one line for each finished run."""
+    """Prints one line when a run starts, and one when it is finished."""
 
-    def __init__(self, total: int, *, quiet: bool) -> None:
-        self.total = total
+    def __init__(self, *, quiet: bool) -> None:
+        self.total = 0
         self._finished = 0
         self._quiet = quiet
         self._console = stderr_console()
+
+    def announce(self, total: int, folder: Path) -> None:
+        """Print the number of runs and their folder."""
+        self.total = total
+        if not self._quiet:
+            self._console.print_line(f"{pluralize(total, 'run')} in {folder}", "dim")
+
+    def started(self, training: Training) -> None:
+        if not self._quiet:
+            self._console.print_line(f"{training.name}: started", "dim")
 
     def follow(self, outcomes: Iterator[Outcome]) -> list[Outcome]:
         from tinylm.sweep.summary import summarize

@@ -21,7 +21,7 @@ from tinylm.errors import InputError
 from tinylm.pipeline import train
 from tinylm.recipe import load
 from tinylm.run import Run
-from tinylm.sweep.runner import Outcome, Sweep, Training
+from tinylm.sweep.runner import Outcome, Sweep, Training, last_error
 from tinylm.sweep.search import run_trials
 from tinylm.sweep.settings import parse_axis
 
@@ -79,6 +79,35 @@ def test_a_terminated_and_killed_sweep_continues_and_matches_uninterrupted_runs(
     assert not (folder / "logs" / "seed=1.stdout").exists()
     stored = json.loads((folder / "results" / "seed=1.json").read_text(encoding="utf-8"))
     assert stored["text_fingerprint"] == Run.open(folder / "seed=1").checkpoint("last").state["fingerprints"]["data"]
+
+
+def test_a_stopped_sweep_says_how_to_continue_and_is_not_continued_with_another_recipe(
+    run_cli: RunCli, recipe_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "s"
+    sweep = ("sweep", recipe_file, "--set", "training.steps=2000,3000", "--out", folder)
+    command = [*COMMAND, *map(str, sweep)]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    before = [process.stderr.readline() for _ in range(2)]
+    assert before == [f"2 runs in {folder}\n", "steps=2000: started\n"]
+    while not (folder / "steps=2000" / "recipe.yaml").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.read() == "stopped; run the same command again to continue\n"
+    assert process.wait(120) == 130
+
+    other = error_of(run_cli(*sweep, "--set", "evaluation.max_tokens=300", "--quiet"))
+    changed = "this unfinished run was started with another recipe: evaluation.max_tokens: 200 -> 300"
+    assert other == f"{folder}/steps=2000: {changed} (choose another folder with --out)"
+
+
+def test_the_error_of_a_failed_run_includes_its_indented_lines(tmp_path: Path) -> None:
+    log = tmp_path / "a.log"
+    log.write_text(
+        "error: an earlier one\nerror: a run: the recipe differs:\n  seed: 1 -> 2\naccept it\nwarning: x\n", encoding="utf-8"
+    )
+    assert last_error(log) == "a run: the recipe differs: seed: 1 -> 2"
 
 
 def test_a_search_runs_the_requested_trials_and_repeats_the_best_with_more_seeds(

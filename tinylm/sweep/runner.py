@@ -73,6 +73,10 @@ def _never_prune(training: Training, folder: Path) -> bool:
     return False
 
 
+def _ignore_start(training: Training) -> None:
+    pass
+
+
 def check_sweep_folder(folder: Path) -> None:
     """Raise `InputError` if a sweep cannot be written to `folder`, because it is a file or a run folder."""
     hint = "choose another folder with --out"
@@ -103,12 +107,24 @@ class OtherRecipeError(InputError):
 class Sweep:
     """A folder with the runs and results of a sweep."""
 
-    def __init__(self, folder: Path, recipe_file: Path, *, jobs: int = 1, device: str = "auto") -> None:
-        """`jobs` runs are trained at the same time. The CPU cores are divided equally among them."""
+    def __init__(
+        self,
+        folder: Path,
+        recipe_file: Path,
+        *,
+        jobs: int = 1,
+        device: str = "auto",
+        on_start: Callable[[Training], None] = _ignore_start,
+    ) -> None:
+        """`jobs` runs are trained at the same time. The CPU cores are divided equally among them.
+
+        `on_start` is called when the training of a run starts or resumes.
+        """
         self.folder = folder
         self._recipe_file = recipe_file
         self.jobs = jobs
         self._device = device
+        self._on_start = on_start
         self._lock = filelock.FileLock(folder / LOCK, blocking=False)
         self._outcomes: list[Outcome] = []
 
@@ -169,7 +185,8 @@ class Sweep:
         """Train all runs that are not finished, and yield each outcome as soon as it is known.
 
         If this process is interrupted, all active runs save a checkpoint and stop. Raises `InputError` if another process trains
-        the runs of this folder, or if `check_trained_on_same_text` rejects the outcomes.
+        the runs of this folder, if an unfinished run was started with another recipe, or if `check_trained_on_same_text` rejects
+        the outcomes.
         """
         with self.locked():
             for outcome in self._run(planned, monitor):
@@ -178,13 +195,13 @@ class Sweep:
                 yield outcome
 
     def _run(self, planned: Sequence[Training], monitor: Monitor) -> Iterator[Outcome]:
-        waiting: list[Training] = []
-        for training in planned:
-            outcome = self.finished(training)
-            if outcome is None:
-                waiting.append(training)
-            else:
-                yield outcome
+        known = [(training, self.finished(training)) for training in planned]
+        waiting = [training for training, outcome in known if outcome is None]
+        for training in waiting:
+            self._check_resumable(training)
+        for _, finished in known:
+            if finished is not None:
+                yield finished
         running: list[tuple[Training, subprocess.Popen[bytes]]] = []
         pruned: set[str] = set()
         for training in waiting:
@@ -197,6 +214,7 @@ class Sweep:
                     if len(running) < self.jobs and not _is_locked(self.run_folder(training.name)):
                         waiting.remove(training)
                         running.append((training, self._start(training)))
+                        self._on_start(training)
                 time.sleep(_POLL_SECONDS)
                 for training, process in list(running):
                     if process.poll() is not None:
@@ -207,6 +225,20 @@ class Sweep:
                         process.send_signal(signal.SIGTERM)
         finally:
             _stop_all([process for _, process in running])
+
+    def _check_resumable(self, training: Training) -> None:
+        """Raise `OtherRecipeError` if an unfinished run was started with a recipe from which it cannot be resumed."""
+        folder = self.run_folder(training.name)
+        if not (folder / "recipe.yaml").exists():
+            return
+        from tinylm.pipeline.resume import rejected_changes  # imports torch
+
+        if changed := rejected_changes(Run.open(folder), self.recipe(training.values)):
+            raise OtherRecipeError(
+                f"this unfinished run was started with another recipe: {'; '.join(changed)}",
+                where=str(folder),
+                hint="choose another folder with --out",
+            )
 
     def _start(self, training: Training) -> subprocess.Popen[bytes]:
         folder = self.run_folder(training.name)
@@ -238,7 +270,7 @@ class Sweep:
             result = json.loads(self._output_file(training.name).read_text(encoding="utf-8"))
         error = None
         if process.returncode and not pruned:
-            error = _last_error(self._log_file(training.name)) or f"ended with exit code {process.returncode}"
+            error = last_error(self._log_file(training.name)) or f"ended with exit code {process.returncode}"
         folder = self.run_folder(training.name)
         outcome = Outcome(training.name, str(folder), training.values, "", result, error, pruned)
         if error is None:  # if the run failed, its recipe may be invalid
@@ -318,7 +350,7 @@ def _stop_all(processes: list[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def _last_error(log: Path) -> str | None:
-    """Return the last error message in a log, without the prefix `error:`."""
-    messages = re.findall(r"^error: (.*)$", log.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
-    return messages[-1] if messages else None
+def last_error(log: Path) -> str | None:
+    """Return the last error message in a log without the prefix `error:`, with its indented lines joined to its first line."""
+    messages = re.findall(r"^error: (.*(?:\n[ ]+.*)*)", log.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    return " ".join(messages[-1].split()) if messages else None
