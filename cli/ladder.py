@@ -18,6 +18,7 @@ from .console import (
     QUIET,
     SET,
     ConsoleReporter,
+    continued_by_same_command,
     format_count,
     format_duration,
     print_json,
@@ -65,13 +66,9 @@ def ladder(
     Run the same command again to resume an interrupted ladder. Each model is saved as an ordinary run in the --out folder.
     """
     from tinylm.errors import InputError
-    from tinylm.hints import duration_minutes
+    from tinylm.hints import positive_minutes
 
-    minutes = duration_minutes(minutes_)
-    if minutes is None or minutes <= 0:
-        raise InputError(
-            f"must be a positive duration, not {minutes_!r}", where="--minutes", hint="a number of minutes, or 90s, 5m or 2h"
-        )
+    minutes = positive_minutes(minutes_, "--minutes")
     if equal not in ("time", "parameters"):
         raise InputError(f"must be time or parameters, not {equal!r}", where="--equal")
     image = None if plot is None else checked_image(plot)
@@ -91,11 +88,12 @@ def ladder(
         device=device,
     )
     console, rows = stderr_console(), []
-    for row in run_ladder(plan, ConsoleReporter(console, quiet=quiet)):
-        rows.append(row)
-        if not quiet:
-            done = f"[{len(rows)}/{len(plan.rungs)}] {row.model}: {row.bits_per_byte:.4f} bits per byte"
-            console.print_line(f"{done} ({format_duration(row.seconds)})", "dim")
+    with continued_by_same_command():
+        for row in run_ladder(plan, ConsoleReporter(console, quiet=quiet)):
+            rows.append(row)
+            if not quiet:
+                done = f"[{len(rows)}/{len(plan.rungs)}] {row.model}: {row.bits_per_byte:.4f} bits per byte"
+                console.print_line(f"{done} ({format_duration(row.seconds)})", "dim")
     if image is not None:
         draw(rows, image)
     if json:

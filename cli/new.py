@@ -63,7 +63,7 @@ def new(
     With --chat FILE --from RUN, the recipe fine-tunes a run on conversations.
     """
     from tinylm.errors import InputError
-    from tinylm.hints import duration_minutes
+    from tinylm.hints import positive_minutes
     from tinylm.paths import atomic_write_text
     from tinylm.recipe.schema import DataSection
     from tinylm.suggest import Budget, suggest_recipe
@@ -71,11 +71,7 @@ def new(
     if hardware == "list":
         list_hardware(json)
         return
-    minutes = duration_minutes(minutes_)
-    if minutes is None or minutes <= 0:
-        raise InputError(
-            f"must be a positive duration, not {minutes_!r}", where="--minutes", hint="a number of minutes, or 90s, 5m or 2h"
-        )
+    minutes = positive_minutes(minutes_, "--minutes")
     if for_ not in (None, "gguf"):
         raise InputError(f"must be gguf, not {for_!r}", where="--for", hint="other exports support every model")
     check_hardware(hardware, devices)

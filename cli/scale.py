@@ -16,6 +16,7 @@ from .console import (
     QUIET,
     SET,
     ConsoleReporter,
+    continued_by_same_command,
     format_count,
     format_duration,
     given_options,
@@ -76,6 +77,7 @@ def scale(
     Run the same command again to continue an experiment that was stopped. Each model is an ordinary run in the --out folder.
     """
     from tinylm.errors import InputError
+    from tinylm.hints import positive_minutes
     from tinylm.scaling import experiment, grid
 
     if hardware == "list":
@@ -91,8 +93,8 @@ def scale(
     if not source:
         raise InputError("is required", where="SOURCE", hint="pass a text, or compare a run with --check RUN")
     check_hardware(hardware, None)
-    minutes = _minutes(minutes_, "--minutes")
-    predict_minutes = None if predict_minutes_ is None else _minutes(predict_minutes_, "--predict-minutes")
+    minutes = positive_minutes(minutes_, "--minutes")
+    predict_minutes = None if predict_minutes_ is None else positive_minutes(predict_minutes_, "--predict-minutes")
     image = None if plot is None else checked_image(plot)
     console = stderr_console()
     request = grid.Request(tuple(source), minutes, tuple(set_ or ()), hardware)
@@ -101,14 +103,15 @@ def scale(
     if not quiet:
         console.print_line(f"{pluralize(len(opened.cells), 'run')} in {folder}", "dim")
     outcomes: list[Outcome] = []
-    for outcome in experiment.sweep(folder, device=device).run(opened.planned):
-        outcomes.append(outcome)
-        start = f"[{len(outcomes)}/{len(opened.cells)}] {outcome.name}: "
-        if outcome.error is not None:
-            console.print_line(f"{start}failed: {outcome.error}", "yellow")
-        elif not quiet:
-            result = outcome.result
-            console.print_line(f"{start}loss {result['val_loss']:.4f} ({format_duration(result['seconds'])})", "dim")
+    with continued_by_same_command():
+        for outcome in experiment.sweep(folder, device=device).run(opened.planned):
+            outcomes.append(outcome)
+            start = f"[{len(outcomes)}/{len(opened.cells)}] {outcome.name}: "
+            if outcome.error is not None:
+                console.print_line(f"{start}failed: {outcome.error}", "yellow")
+            elif not quiet:
+                result = outcome.result
+                console.print_line(f"{start}loss {result['val_loss']:.4f} ({format_duration(result['seconds'])})", "dim")
     found = experiment.analyze(folder, opened, base, outcomes, predict_minutes=predict_minutes, seed=seed)
     if image is not None:
         from tinylm.scaling.picture import draw
@@ -118,16 +121,6 @@ def scale(
         print_json(found.as_dict())
     else:
         _show(found, quiet=quiet)
-
-
-def _minutes(text: str, option: str) -> float:
-    from tinylm.errors import InputError
-    from tinylm.hints import duration_minutes
-
-    minutes = duration_minutes(text)
-    if minutes is None or minutes <= 0:
-        raise InputError(f"must be a positive duration, not {text!r}", where=option, hint="a number of minutes, or 90s, 5m or 2h")
-    return minutes
 
 
 def _show(found: Result, *, quiet: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 
-from tinylm.errors import did_you_mean
+from tinylm.errors import InputError, did_you_mean
 
 RECIPE_KEYS = {
     "training.global_batch_size": "batch_size batch bs train_batch_size batchsize total_batch_size",
@@ -269,6 +269,7 @@ def value(given: object, options: Iterable[str]) -> str | None:
 _NUMBER = re.compile(r"(?P<number>[0-9][0-9,_ ]*(?:\.[0-9]+)?|\.[0-9]+) *(?P<unit>[a-z%]*)", re.IGNORECASE)
 _SIZES = {"k": 1e3, "thousand": 1e3, "m": 1e6, "mil": 1e6, "million": 1e6, "b": 1e9, "g": 1e9, "bn": 1e9, "billion": 1e9}
 _SECOND = 1 / 60
+_EXPONENT = re.compile(r"[0-9.]+e[+-]?[0-9]+[a-z]*", re.IGNORECASE)
 _MINUTES = {
     **{"s": _SECOND, "sec": _SECOND, "second": _SECOND, "seconds": _SECOND},
     **{"m": 1, "min": 1, "mins": 1, "minute": 1, "minutes": 1},
@@ -299,6 +300,17 @@ def duration_minutes(text: str) -> float | None:
     match = _NUMBER.fullmatch(text.strip())
     scale = None if match is None else _MINUTES.get(match["unit"].lower() or "m")
     return None if match is None or scale is None else float(re.sub("[,_ ]", "", match["number"])) * scale
+
+
+def positive_minutes(text: str, option: str) -> float:
+    """Convert a positive duration to minutes, like `duration_minutes`. Raises `InputError` if `text` is not one."""
+    minutes = duration_minutes(text)
+    if minutes is None or minutes <= 0:
+        hint = "a number of minutes, or 90s, 5m or 2h"
+        if _EXPONENT.fullmatch(text.strip()):
+            hint = f"write the number without an exponent: {hint}"
+        raise InputError(f"must be a positive duration, not {text!r}", where=option, hint=hint)
+    return minutes
 
 
 def command(given: str, known: Iterable[str]) -> str | None:
