@@ -153,6 +153,7 @@ def prepare(
         def show(report: Report) -> None:
             if not json:
                 _show(report, settings)
+            _warn_about_rules(report, reporter)
 
         if cluster is not None:
             from tinylm.curation.datatrove_engine import run
@@ -168,6 +169,8 @@ def prepare(
         elif dry_run:
             report = preparation.report(jobs or 1)
             show(report)
+            if (error := preparation.problem(report)) is not None:
+                reporter.warn(f"without --dry-run, this command fails: {error}")
             if json:
                 print_json({"folder": out, "dry_run": True, **report_dict(report), "seconds": time.perf_counter() - start})
             return
@@ -302,6 +305,22 @@ def _show(report: Report, settings: Settings) -> None:
         console.print(f"\nno effect: {', '.join(idle)}", soft_wrap=True)
     if settings.without:
         console.print(f"switched off: {', '.join(settings.without)}", soft_wrap=True)
+
+
+def _warn_about_rules(report: Report, reporter: ConsoleReporter) -> None:
+    """Warn if the quality rules removed more than half of the documents. If nothing is left, the command fails with an error."""
+    from tinylm.curation.rules import RULES
+
+    names = {rule.name for rule in RULES}
+    removals = [step for step in report.steps if step.step in names]
+    removed = sum(step.removed for step in removals)
+    if 2 * removed <= report.documents or not report.train.documents:
+        return
+    worst = max(removals, key=lambda step: step.removed)
+    reporter.warn(
+        f"quality rules, which were designed for English web pages, removed {removed:,} of {report.documents:,} documents, "
+        f"{worst.removed:,} of them by {worst.step} (--without {worst.step} switches it off)"
+    )
 
 
 def _example(step: Step) -> str:

@@ -106,6 +106,39 @@ def test_a_preparation_that_failed_early_can_be_run_again(run_cli: RunCli, corpu
     assert run_cli("prepare", corpus, "--out", out, *OPTIONS).code == 0
 
 
+def test_a_failed_first_attempt_leaves_nothing(run_cli: RunCli, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    assert "the text is empty" in error_of(run_cli("prepare", tmp_path / "empty.txt", "--out", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_warns_about_the_rules_and_the_error_of_the_real_run(run_cli: RunCli, tmp_path: Path) -> None:
+    file = tmp_path / "code.jsonl"
+    sentences = (f"The model reads word {number} of the text. " for number in range(10))
+    texts = [f"{sentence * 8}{brace}" for sentence, brace in zip(sentences, ("", "{", "{", "{"), strict=False)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    command = (
+        "prepare",
+        file,
+        "--without",
+        "gopher",
+        "--without",
+        "fineweb",
+        "--without",
+        "near_duplicates",
+        "--heldout-share",
+        "0.000001",
+    )
+    dry = run_cli(*command, "--dry-run")
+    assert dry.code == 0
+    assert "removed 3 of 4 documents, 3 of them by c4_curly_brackets (--without c4_curly_brackets switches it off)" in dry.err
+    expected = f"{file}: no held-out documents are left: 3 of 4 documents were removed, and none of the remaining 1 is held out"
+    assert f"warning: without --dry-run, this command fails: {expected}" in dry.err
+    real = run_cli(*command, "--out", tmp_path / "out")
+    assert real.code == 2
+    assert f"error: {expected}" in real.err
+
+
 def test_the_rules_are_listed(run_cli: RunCli) -> None:
     result = run_cli("prepare", "--list-rules")
     assert "gopher_words" in result.out

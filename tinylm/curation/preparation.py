@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -79,15 +79,34 @@ class Preparation:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold a lock on the folder. Raises `InputError` if another process holds it."""
+        """Hold a lock on the folder. Raises `InputError` if another process holds it.
+
+        After an error, finished work is kept for the next attempt. If there is none, everything that was created is removed.
+        """
+        is_new = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(self.folder / _LOCK, blocking=False)
         try:
             with lock:
-                yield
+                try:
+                    yield
+                except BaseException:
+                    self._remove_empty_folders(is_new)
+                    raise
         except filelock.Timeout:
             hint = "wait for it, or use another folder"
             raise InputError("another process is preparing a text in this folder", where=str(self.folder), hint=hint) from None
+
+    def _remove_empty_folders(self, is_new: bool) -> None:
+        """Remove the folders for unfinished work that are empty, then the lock, and the output folder itself if it `is_new`."""
+        with suppress(OSError):  # a folder is missing or not empty
+            for folder in (self.analyses, self.folder / _WORK):
+                folder.rmdir()
+        if [path.name for path in self.folder.iterdir()] == [_LOCK]:
+            with suppress(OSError):  # Windows does not remove a file that is open
+                (self.folder / _LOCK).unlink()
+                if is_new:
+                    self.folder.rmdir()
 
     def remove_other_work(self) -> None:
         """Remove the unfinished work of preparations with other settings."""
@@ -151,14 +170,27 @@ class Preparation:
 
     def check(self, report: Report) -> None:
         """Raise `InputError` if no training or held-out text is left."""
+        problem = self.problem(report)
+        if problem is not None:
+            raise problem
+
+    def problem(self, report: Report) -> InputError | None:
+        """Return the error if no training or held-out text is left, or None."""
         if not report.train.documents:
             hint = "use --without to switch off the rules that remove them"
-            raise InputError("all training documents were removed", where=describe(self.settings.sources), hint=hint)
-        if not report.heldout.documents:
-            hint = "use a larger --heldout-share, or another text with --heldout"
-            if self.settings.heldout:
-                hint = "use another text, or --contaminated train"
-            raise InputError("no held-out documents are left", where="--heldout", hint=hint)
+            return InputError("all training documents were removed", where=describe(self.settings.sources), hint=hint)
+        if report.heldout.documents:
+            return None
+        if self.settings.heldout:
+            hint = "use another text, or --contaminated train"
+            return InputError("no held-out documents are left", where="--heldout", hint=hint)
+        kept = report.train.documents
+        return InputError(
+            f"no held-out documents are left: {report.documents - kept:,} of {report.documents:,} documents were removed, "
+            f"and none of the remaining {kept:,} is held out with --heldout-share {self.settings.heldout_share:g}",
+            where=describe(self.settings.sources),
+            hint="use a larger --heldout-share, another text with --heldout, or --without to switch off rules",
+        )
 
     def prepare_tokenizer(self, documents: Documents, report: Report) -> None:
         """Load the tokenizer, or train it on the kept training documents."""
