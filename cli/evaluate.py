@@ -144,6 +144,9 @@ def evaluate(
     weight_kind = checked_weights(weights)
     checked_errors(errors)
     checked_split(split)
+    for option, value in (("--context", context), ("--stride", stride)):
+        if value is not None and value < 1:  # the upper limit depends on the model
+            raise InputError(f"must be at least 1, not {value}", where=option)
     sources = source or []
     _check_options(ctx, sources, harness, limit, html)
     console = stderr_console()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from tinylm.errors import InputError
+from tinylm.generation.option_ranges import check_ranges
 
 from .console import (
     CHECKPOINTS,
@@ -163,6 +164,17 @@ def sample(
     _check_combinations(ctx)
     if beams is not None and beams < count:
         raise InputError(f"must be at least -n ({count})", where="--beams")
+    check_ranges(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        logprobs=logprobs,
+    )
     weight_kind = None if weights is None else checked_weights(weights)
     console = stderr_console()
     opened = open_ensemble(run, checkpoint, console, quiet=quiet)  # reports a missing checkpoint before torch is imported

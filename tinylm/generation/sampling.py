@@ -16,15 +16,12 @@ import torch
 from torch import Tensor
 
 from tinylm.errors import InputError
+from tinylm.generation.option_ranges import LOGIT_CHANGES, MAX_LOGIT_CHANGE, check_ranges
 from tinylm.model.state import DeviceSampler
 
-MAX_LOGPROBS = 20
-MAX_NEW_TOKENS = 10**9
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1000
 """Maximum number of characters in a stop string."""
-MAX_LOGIT_CHANGE = 1e10
-"""Maximum absolute value of a bias or penalty. Larger values could overflow the float32 logits."""
 _FIRST_CANDIDATES = 256
 
 
@@ -55,22 +52,17 @@ class SamplingOptions:
     """Tokens that end the sample, like the end-of-text token."""
 
     def __post_init__(self) -> None:
-        change, limit = f"between -{MAX_LOGIT_CHANGE:g} and {MAX_LOGIT_CHANGE:g}", MAX_LOGIT_CHANGE
-        repetition = f"between {1 / limit:g} and {limit:g}"
-        ranges = (
-            ("--max-new-tokens", self.max_new_tokens, 0 <= self.max_new_tokens <= MAX_NEW_TOKENS, f"0 to {MAX_NEW_TOKENS}"),
-            ("--temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 or more"),
-            ("--top-k", self.top_k, self.top_k is None or self.top_k >= 1, "1 or more"),
-            ("--top-p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("--min-p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("--repetition-penalty", self.repetition_penalty, 1 / limit <= self.repetition_penalty <= limit, repetition),
-            ("--frequency-penalty", self.frequency_penalty, abs(self.frequency_penalty) <= limit, change),
-            ("--presence-penalty", self.presence_penalty, abs(self.presence_penalty) <= limit, change),
-            ("--logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
+        check_ranges(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            logprobs=self.logprobs,
         )
-        for option, value, valid, expected in ranges:
-            if not valid:
-                raise InputError(f"must be {expected}, not {value}", where=option)
         if any(not text for text in self.stop):
             raise InputError("must not be empty", where="--stop")
         if len(self.stop) > MAX_STOPS:
@@ -78,8 +70,8 @@ class SamplingOptions:
         if any(len(text) > MAX_STOP_LENGTH for text in self.stop):
             raise InputError(f"must have at most {MAX_STOP_LENGTH} characters", where="--stop")
         for _, bias in self.logit_bias:
-            if not (abs(bias) <= limit or bias == float("-inf")):
-                raise InputError(f"must be {change}, or -inf, not {bias}", where="--logit-bias")
+            if not (abs(bias) <= MAX_LOGIT_CHANGE or bias == float("-inf")):
+                raise InputError(f"must be {LOGIT_CHANGES}, or -inf, not {bias}", where="--logit-bias")
         if len(self.forced) > self.max_new_tokens:
             raise InputError(f"has {len(self.forced)} tokens, more than --max-new-tokens ({self.max_new_tokens})", where="--force")
 

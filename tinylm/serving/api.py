@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tinylm.errors import InputError, did_you_mean
 from tinylm.generation.constraint import Constraint
 from tinylm.generation.engine import Request, sample_seed
-from tinylm.generation.sampling import MAX_LOGPROBS, SamplingOptions
+from tinylm.generation.option_ranges import MAX_LOGPROBS
+from tinylm.generation.sampling import SamplingOptions
 from tinylm.tokenizer import Tokenizer
 from tinylm.tokenizer.chat_template import ChatEncoder
 

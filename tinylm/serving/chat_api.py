@@ -10,7 +10,7 @@ from pydantic import Field
 
 from tinylm.errors import InputError
 from tinylm.generation.engine import Request, sample_seed
-from tinylm.generation.sampling import MAX_LOGPROBS
+from tinylm.generation.option_ranges import MAX_LOGPROBS
 from tinylm.serving.api import (
     MAX_CHOICES,
     CompletionRequest,
