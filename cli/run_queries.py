@@ -12,7 +12,7 @@ from typing import Any
 from tinylm.errors import InputError, did_you_mean
 
 Row = dict[str, Any]
-_COMPARISON = re.compile(r"(?P<key>[A-Za-z_][\w.]*)\s*(?P<operator>>=|<=|!=|=>|=<|==|=|>|<)\s*(?P<value>.*)", re.DOTALL)
+_COMPARISON = re.compile(r"(?P<key>[A-Za-z_][\w.]*)\s*(?P<operator>[<>=!]+)\s*(?P<value>.*)", re.DOTALL)
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,
     "<=": operator.le,
@@ -51,8 +51,10 @@ def parse_filter(text: str) -> Filter:
     match = _COMPARISON.fullmatch(text.strip())
     if match is None or not match["value"].strip():
         raise InputError("must have the form KEY>=VALUE (or <=, =, !=, <, >)", where=f"--filter {text}")
-    if match["operator"] in ("=>", "=<"):
-        raise InputError(f"unknown operator {match['operator']}", where=f"--filter {text}", hint=f"use {match['operator'][::-1]}")
+    given = match["operator"]
+    if given not in _OPERATORS:
+        hint = f"use {given[::-1]}" if given in ("=>", "=<") else "use one of >=, <=, =, !=, <, >"
+        raise InputError(f"unknown operator {given}", where=f"--filter {text}", hint=hint)
     return Filter(text, match["key"], match["operator"], match["value"].strip())
 
 

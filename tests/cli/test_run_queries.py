@@ -99,6 +99,7 @@ def test_the_runs_of_a_sweep_are_listed_with_the_name_of_its_folder(
         (["--filter", "model.n_embd"], "must have the form KEY>=VALUE"),
         (["--filter", "model.n_embd=>3"], "unknown operator => (use >=)"),
         (["--filter", "model.n_embd =< 3"], "unknown operator =< (use <=)"),
+        (["--filter", "model.n_embd>>3"], "unknown operator >> (use one of >=, <=, =, !=, <, >)"),
         (["--csv", "--json"], "--csv, --json: these options are mutually exclusive"),
         (["--filter", "model.n_emb=3"], "did you mean model.n_embd?"),
         (["--filter", "model.preset>=3"], "'modern' and '3' cannot be ordered"),
