@@ -183,7 +183,7 @@ def encode(
     quiet: bool = QUIET,
 ) -> None:
     """Print the token ids of a text."""
-    from tinylm.text.sources import Corpus
+    from tinylm.text.sources import Corpus, is_missing
 
     if format not in ("ids", "tokens", "jsonl"):
         raise InputError(f"must be ids, tokens or jsonl, not {format!r}", where="--format")
@@ -191,6 +191,10 @@ def encode(
         raise InputError("these options are mutually exclusive", where="--dropout, --allow-special")
     loaded = load_tokenizer(tokenizer, run, quiet)
     loaded.encoder.note = ConsoleReporter(stderr_console(), quiet=quiet).note
+    if is_missing(source):
+        raise InputError(
+            "no such file or folder", where=source, hint='to encode a text, pipe it in: echo "hello" | tinylm tokenize encode'
+        )
     with Corpus([source], field=field, template=template, errors=checked_errors(errors)) as corpus:
         encoded = _encoded(loaded, corpus.pieces(keep_empty=True), allow_special, dropout, seed)
         if format == "jsonl":
@@ -268,10 +272,16 @@ def decode(
             except OSError as error:
                 raise InputError(error.strerror or "cannot be read", where=source) from None
         sys.stdout.flush()
+        written = False
         for word in _words(stream):
             if not re.fullmatch("[0-9]{1,9}", word) or int(word) >= size:
-                raise InputError(f"{word[:40]!r} is not an id below {size:,}", where=source)
-            sys.stdout.buffer.write(decoder.push(int(word)))
+                if written:  # start the error message on a new line
+                    write_stdout("")
+                where = "standard input" if source == "-" else source
+                raise InputError(f"{word[:40]!r} is not an id below {size:,}", where=where)
+            text = decoder.push(int(word))
+            written = written or bool(text)
+            sys.stdout.buffer.write(text)
     sys.stdout.buffer.flush()
 
 

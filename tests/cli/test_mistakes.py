@@ -205,6 +205,21 @@ def test_an_invalid_token_id_is_rejected(run_cli: RunCli, tiny_run: Run, ids: st
     result = run_cli("tokenize", "decode", "-r", tiny_run.path, stdin=ids.encode())
     assert result.code == 2
     assert "is not an id below 400" in result.err
+    assert result.err.startswith("error: standard input: ")
+    assert not result.out or result.out.endswith("\n")
+
+
+def test_a_text_in_place_of_a_source_is_rejected_with_a_hint(run_cli: RunCli, tiny_run: Run) -> None:
+    error = error_of(run_cli("tokenize", "encode", "hello world", "-r", tiny_run.path))
+    assert error.startswith("hello world: no such file or folder (to encode a text, pipe it in: echo ")
+
+
+def test_a_missing_package_is_reported_before_the_model_is_loaded(
+    run_cli: RunCli, tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    error = error_of(run_cli("export", tmp_path / "model.onnx", "--to", "onnx", "-r", tiny_run.path))
+    assert error == 'writing ONNX needs an extra package: pip install "tinylm[onnx]"'
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="requires /proc, where even root cannot write")

@@ -332,6 +332,12 @@ def files_of(source: str) -> list[str]:
     return list({os.path.realpath(file): file for file in reversed(found)}.values())[::-1]
 
 
+def is_missing(source: str) -> bool:
+    """Whether a SOURCE is the path of a file or folder, or a glob, but no such file or folder exists."""
+    is_path = source != "-" and "://" not in source and not source.startswith(("builtin:", "imported:", _HUB))
+    return is_path and not os.path.exists(os.path.expanduser(source)) and not files_of(source)
+
+
 def _walk(folder: str) -> Iterator[str]:
     """Yield the files in a folder and its subfolders in sorted order. Empty files, hidden files and hidden folders are skipped."""
     for parent, folders, files in os.walk(folder):
