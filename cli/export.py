@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import typer
@@ -28,6 +29,13 @@ app = typer.Typer(add_completion=False)
 FORMATS = ("hf", "gguf", "onnx", "arpa")
 TYPES = {"hf": ("f32", "f16", "bf16"), "gguf": ("f32", "f16", "q8_0", "q4_0")}
 """The storage types of each format that has more than one."""
+
+PACKAGES = {
+    "hf": (("transformers",), "checking a Hugging Face folder"),
+    "gguf": (("gguf", "transformers"), "writing GGUF"),
+    "onnx": (("onnx", "onnxscript", "onnxruntime"), "writing ONNX"),
+}
+"""For each format with an extra of this name: the packages that it needs, and for what."""
 
 
 @app.command()
@@ -62,6 +70,7 @@ def export(
     console = stderr_console()
     opened = open_run(run, console, quiet=quiet)
     opened.checkpoint(checkpoint)  # report a missing checkpoint before the slow import of torch
+    _check_packages(to)
 
     from tinylm.device import set_threads
     from tinylm.interchange.exporting import export as export_run
@@ -73,6 +82,15 @@ def export(
         print_json(result.as_dict())
         return
     print_fields(stdout_console(), _rows(result, "logits" if opened.has_head else "hidden states"))
+
+
+def _check_packages(to: str) -> None:
+    """Raise `InputError` if a package that the format needs is not installed. Finding a package is faster than importing it."""
+    from tinylm.errors import missing_extra
+
+    packages, purpose = PACKAGES.get(to, ((), ""))
+    if any(find_spec(package) is None for package in packages):
+        raise missing_extra(to, purpose)
 
 
 def _rows(result: ExportResult, compared: str) -> list[tuple[str, str]]:
