@@ -81,12 +81,9 @@ def test_a_terminated_and_killed_sweep_continues_and_matches_uninterrupted_runs(
     assert stored["text_fingerprint"] == Run.open(folder / "seed=1").checkpoint("last").state["fingerprints"]["data"]
 
 
-def test_a_stopped_sweep_says_how_to_continue_and_is_not_continued_with_another_recipe(
-    run_cli: RunCli, recipe_file: Path, tmp_path: Path
-) -> None:
+def test_a_stopped_sweep_says_how_to_continue(recipe_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "s"
-    sweep = ("sweep", recipe_file, "--set", "training.steps=2000,3000", "--out", folder)
-    command = [*COMMAND, *map(str, sweep)]
+    command = [*COMMAND, "sweep", str(recipe_file), "--set", "training.steps=2000,3000", "--out", str(folder)]
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     before = [process.stderr.readline() for _ in range(2)]
@@ -96,10 +93,6 @@ def test_a_stopped_sweep_says_how_to_continue_and_is_not_continued_with_another_
     process.send_signal(signal.SIGINT)
     assert process.stderr.read() == "stopped; run the same command again to continue\n"
     assert process.wait(120) == 130
-
-    other = error_of(run_cli(*sweep, "--set", "evaluation.max_tokens=300", "--quiet"))
-    changed = "this unfinished run was started with another recipe: evaluation.max_tokens: 200 -> 300"
-    assert other == f"{folder}/steps=2000: {changed} (choose another folder with --out)"
 
 
 def test_the_error_of_a_failed_run_includes_its_indented_lines(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +38,17 @@ def merge_for_resume(run: Run, recipe: Recipe, allowed: Sequence[str]) -> Recipe
 
     Raises `InputError` if `recipe` differs from the run's recipe in a key that is neither `allowed` nor safe to change.
     """
-    recipe = _keep_chosen(run.recipe, recipe, allowed)
+    chosen = {
+        key: getattr(run.recipe.training, key)
+        for key in AUTOMATIC
+        if getattr(recipe.training, key) == "auto" and f"training.{key}" not in allowed
+    }
+    before, optimizer = run.recipe.training.optimizer, recipe.training.optimizer
+    if isinstance(before, MuonOptimizer) and isinstance(optimizer, MuonOptimizer):
+        kept = {key: getattr(before, key) for key in AUTOMATIC_MUON if getattr(optimizer, key) == "auto"}
+        chosen["optimizer"] = optimizer.model_copy(update=kept)
+    recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=chosen)})
+    recipe = _keep_filled_in(run.recipe, recipe)
     changed = changes(run.recipe, recipe)
     for key in RESUME_FIXED_KEYS:
         if key in changed:
@@ -55,7 +65,11 @@ def merge_for_resume(run: Run, recipe: Recipe, allowed: Sequence[str]) -> Recipe
             raise InputError(f"{key} {problem}", where="--allow-change", hint=did_you_mean(key, changed or known))
     if recipe.training.steps is not None and (checkpoints := run.checkpoints()):
         check_remaining(run, recipe, recipe.training.steps, checkpoints[-1].step, 0.0)
-    if rejected := _rejected(changed, allowed, recipe):
+    safe = safe_keys(recipe)
+    rejected = [
+        f"{key}: {old} -> {new}" for key, (old, new) in changed.items() if not any(covers(name, key) for name in (*allowed, *safe))
+    ]
+    if rejected:
         listed = "\n  ".join(rejected)
         raise InputError(
             f"the recipe differs from the one that this run was trained with:\n  {listed}\n"
@@ -63,33 +77,6 @@ def merge_for_resume(run: Run, recipe: Recipe, allowed: Sequence[str]) -> Recipe
             where=str(run.path),
         )
     return recipe
-
-
-def rejected_changes(run: Run, recipe: Recipe) -> list[str]:
-    """Return the changes `KEY: OLD -> NEW` from the recipe of `run` to `recipe` with which the run cannot be resumed."""
-    recipe = _keep_chosen(run.recipe, recipe, ())
-    return _rejected(changes(run.recipe, recipe), (), recipe)
-
-
-def _rejected(changed: Mapping[str, tuple[Any, Any]], allowed: Sequence[str], recipe: Recipe) -> list[str]:
-    """Describe the changed keys that are neither `allowed` nor safe to change."""
-    accepted = (*allowed, *safe_keys(recipe))
-    return [f"{key}: {old} -> {new}" for key, (old, new) in changed.items() if not any(covers(name, key) for name in accepted)]
-
-
-def _keep_chosen(before: Recipe, recipe: Recipe, allowed: Sequence[str]) -> Recipe:
-    """Replace each `auto` in `recipe` with the value that was chosen when the resumed run started, except for `allowed` keys."""
-    chosen = {
-        key: getattr(before.training, key)
-        for key in AUTOMATIC
-        if getattr(recipe.training, key) == "auto" and f"training.{key}" not in allowed
-    }
-    old, optimizer = before.training.optimizer, recipe.training.optimizer
-    if isinstance(old, MuonOptimizer) and isinstance(optimizer, MuonOptimizer):
-        kept = {key: getattr(old, key) for key in AUTOMATIC_MUON if getattr(optimizer, key) == "auto"}
-        chosen["optimizer"] = optimizer.model_copy(update=kept)
-    recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=chosen)})
-    return _keep_filled_in(before, recipe)
 
 
 def _keep_filled_in(before: Recipe, recipe: Recipe) -> Recipe:

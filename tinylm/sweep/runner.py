@@ -185,8 +185,7 @@ class Sweep:
         """Train all runs that are not finished, and yield each outcome as soon as it is known.
 
         If this process is interrupted, all active runs save a checkpoint and stop. Raises `InputError` if another process trains
-        the runs of this folder, if an unfinished run was started with another recipe, or if `check_trained_on_same_text` rejects
-        the outcomes.
+        the runs of this folder, or if `check_trained_on_same_text` rejects the outcomes.
         """
         with self.locked():
             for outcome in self._run(planned, monitor):
@@ -195,13 +194,13 @@ class Sweep:
                 yield outcome
 
     def _run(self, planned: Sequence[Training], monitor: Monitor) -> Iterator[Outcome]:
-        known = [(training, self.finished(training)) for training in planned]
-        waiting = [training for training, outcome in known if outcome is None]
-        for training in waiting:
-            self._check_resumable(training)
-        for _, finished in known:
-            if finished is not None:
-                yield finished
+        waiting: list[Training] = []
+        for training in planned:
+            outcome = self.finished(training)
+            if outcome is None:
+                waiting.append(training)
+            else:
+                yield outcome
         running: list[tuple[Training, subprocess.Popen[bytes]]] = []
         pruned: set[str] = set()
         for training in waiting:
@@ -225,20 +224,6 @@ class Sweep:
                         process.send_signal(signal.SIGTERM)
         finally:
             _stop_all([process for _, process in running])
-
-    def _check_resumable(self, training: Training) -> None:
-        """Raise `OtherRecipeError` if an unfinished run was started with a recipe from which it cannot be resumed."""
-        folder = self.run_folder(training.name)
-        if not (folder / "recipe.yaml").exists():
-            return
-        from tinylm.pipeline.resume import rejected_changes  # imports torch
-
-        if changed := rejected_changes(Run.open(folder), self.recipe(training.values)):
-            raise OtherRecipeError(
-                f"this unfinished run was started with another recipe: {'; '.join(changed)}",
-                where=str(folder),
-                hint="choose another folder with --out",
-            )
 
     def _start(self, training: Training) -> subprocess.Popen[bytes]:
         folder = self.run_folder(training.name)
