@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tinylm.errors import InputError
+from tinylm.errors import InputError, TinylmWarning
 from tinylm.pipeline import train
 from tinylm.run import FORMAT, Checkpoint, Run, all_runs, experiment_runs
 
@@ -55,6 +55,16 @@ def test_the_error_for_a_missing_checkpoint_lists_the_existing_checkpoints(which
 
 def test_a_missing_best_checkpoint_is_reported(copied: Run) -> None:
     (copied.path / "checkpoints" / "best").unlink()
+    with pytest.raises(InputError, match="no best checkpoint yet"):
+        copied.checkpoint("best")
+
+
+def test_without_a_best_checkpoint_the_default_is_the_newest_with_a_warning(copied: Run) -> None:
+    (copied.path / "checkpoints" / "best").unlink()
+    newest = copied.checkpoints()[-1]
+    with pytest.warns(TinylmWarning, match=f"no best checkpoint yet.*using the newest, {newest.name}"):
+        assert copied.checkpoint() == newest
+    shutil.rmtree(copied.path / "checkpoints")
     with pytest.raises(InputError, match="no best checkpoint yet"):
         copied.checkpoint()
 

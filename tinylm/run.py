@@ -427,8 +427,12 @@ class Run:
         return _checkpoints(self.path)
 
     def checkpoint(self, which: str | None = None) -> Checkpoint:
-        """Return a checkpoint: `best`, `last` or a step. Defaults to `pinned` or else `best`. Raises `InputError` if missing."""
-        which = which or self.pinned or "best"
+        """Return a checkpoint: `best`, `last` or a step. Raises `InputError` if it is missing.
+
+        The default is `pinned` or else `best`. Before the first evaluation, there is no best checkpoint. The default is then the
+        newest checkpoint, with a warning.
+        """
+        which = which or self.pinned or self._default_checkpoint()
         if which in POINTERS:
             which = self._resolve_pointer(which)
         digits = which.removeprefix("step-")
@@ -440,6 +444,14 @@ class Run:
                 return checkpoint
         steps = ", ".join(str(checkpoint.step) for checkpoint in self.checkpoints()) or "none"
         raise InputError(f"no checkpoint for step {int(digits)} in {self.path}", where="--checkpoint", hint=f"saved steps: {steps}")
+
+    def _default_checkpoint(self) -> str:
+        saved = self.checkpoints()
+        if (self.path / "checkpoints" / "best").exists() or not saved:
+            return "best"
+        text = f"no best checkpoint yet, because the run has not been evaluated; using the newest, {saved[-1].name}"
+        warnings.warn(f"{self.path}: {text}", TinylmWarning, stacklevel=1)  # one location, so that Python shows it once
+        return saved[-1].name
 
     def _resolve_pointer(self, name: str) -> str:
         pointer = self.path / "checkpoints" / name
