@@ -39,6 +39,12 @@ def test_a_path_that_is_not_a_run_is_rejected(tmp_path: Path) -> None:
         Run.open(tmp_path)
 
 
+def test_the_name_of_a_run_in_runs_suggests_its_path(copied: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"copy: no such run \(did you mean runs/copy\?\)"):
+        Run.open("copy")
+
+
 def test_a_checkpoint_is_selected_by_pointer_step_or_folder_name(tiny_run: Run) -> None:
     assert tiny_run.checkpoint().step == tiny_run.checkpoint("best").step
     assert tiny_run.checkpoint("last").step == 20

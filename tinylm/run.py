@@ -282,7 +282,9 @@ class Run:
         if path.parent.name == "checkpoints" and (path / "state.json").exists():
             return cls.open(path.parent.parent, embeddings=embeddings)._pinned(path.name)
         if not path.exists():
-            raise InputError("no such run", where=str(path), hint="`tinylm runs` lists the runs in runs/")
+            inside = RUNS / path
+            hint = f"did you mean {inside}?" if (inside / "recipe.yaml").exists() else "`tinylm runs` lists the runs in runs/"
+            raise InputError("no such run", where=str(path), hint=hint)
         if not (path / "recipe.yaml").exists():
             hint = f"`tinylm runs {shlex.quote(str(path))}` lists the runs in this folder" if any(all_runs(path)) else None
             raise InputError("not a run folder: it has no recipe.yaml", where=str(path), hint=hint)
