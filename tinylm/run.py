@@ -283,8 +283,8 @@ class Run:
             return cls.open(path.parent.parent, embeddings=embeddings)._pinned(path.name)
         if not path.exists():
             inside = RUNS / path
-            hint = f"did you mean {inside}?" if (inside / "recipe.yaml").exists() else "`tinylm runs` lists the runs in runs/"
-            raise InputError("no such run", where=str(path), hint=hint)
+            suggestion = f"did you mean {inside}?" if (inside / "recipe.yaml").exists() else "`tinylm runs` lists the runs in runs/"
+            raise InputError("no such run", where=str(path), hint=suggestion)
         if not (path / "recipe.yaml").exists():
             hint = f"`tinylm runs {shlex.quote(str(path))}` lists the runs in this folder" if any(all_runs(path)) else None
             raise InputError("not a run folder: it has no recipe.yaml", where=str(path), hint=hint)
