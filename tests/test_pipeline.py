@@ -191,6 +191,13 @@ def test_resuming_with_a_changed_recipe_is_rejected_with_a_list_of_the_changes(t
         assert line in message
     assert "name:" not in message
     assert "--allow-change" in message
+    assert f"`tinylm train {folder} --resume`" in message
+
+
+def test_changes_are_listed_in_the_notation_of_recipes(text: Path, folder: Path) -> None:
+    _train_one_step(_short(text), folder)
+    with pytest.raises(InputError, match=r"training\.steps: 10 -> null\n  training\.epochs: null -> 2\.0"):
+        train(_short(text, "training.steps=null", "training.epochs=2"), folder, device="cpu", resume=True)
 
 
 def test_an_allowed_change_is_applied_and_others_are_still_rejected(text: Path, folder: Path) -> None:

@@ -31,6 +31,7 @@ from tinylm.errors import InputError, WorkError
 from tinylm.paths import atomic_write_text
 from tinylm.recipe import EmbeddingRecipe, changes, load_any
 from tinylm.recipe.embeddings import GloveMethod
+from tinylm.recipe.notation import yaml_value
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import EMBEDDINGS_MARKER, VECTORS_FILE, Checkpoint, Run
 from tinylm.training.checkpoint import CheckpointWriter, Snapshot, newest_complete_checkpoint
@@ -215,7 +216,9 @@ def _check_resumable(folder: Path, recipe: EmbeddingRecipe) -> None:
     if not isinstance(before, EmbeddingRecipe):
         raise InputError("this folder contains a language model, not embeddings", where=str(folder), hint="choose another --out")
     changed = [
-        f"{key}: {old} -> {new}" for key, (old, new) in changes(before, recipe).items() if not key.startswith(RESUME_SAFE_KEYS)
+        f"{key}: {yaml_value(old)} -> {yaml_value(new)}"
+        for key, (old, new) in changes(before, recipe).items()
+        if not key.startswith(RESUME_SAFE_KEYS)
     ]
     if changed:
         raise InputError(

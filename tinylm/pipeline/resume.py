@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from tinylm.pipeline.job import Components, TrainingData, TrainingJob
 from tinylm.processes import Processes
 from tinylm.recipe import Recipe, changes
 from tinylm.recipe.effects import covers, safe_keys
+from tinylm.recipe.notation import yaml_value
 from tinylm.recipe.schema import FileTokenizer, MuonOptimizer, flattened
 from tinylm.reporting import Reporter
 from tinylm.run import Checkpoint, Run, check_shapes, load_weights
@@ -54,7 +56,7 @@ def merge_for_resume(run: Run, recipe: Recipe, allowed: Sequence[str]) -> Recipe
         if key in changed:
             before_value, value = changed[key]
             raise InputError(
-                f"{key} cannot change from {before_value} to {value} when a run is resumed",
+                f"{key} cannot change from {yaml_value(before_value)} to {yaml_value(value)} when a run is resumed",
                 where=str(run.path),
                 hint="choose another folder with --out",
             )
@@ -67,12 +69,15 @@ def merge_for_resume(run: Run, recipe: Recipe, allowed: Sequence[str]) -> Recipe
         check_remaining(run, recipe, recipe.training.steps, checkpoints[-1].step, 0.0)
     safe = safe_keys(recipe)
     rejected = [
-        f"{key}: {old} -> {new}" for key, (old, new) in changed.items() if not any(covers(name, key) for name in (*allowed, *safe))
+        f"{key}: {yaml_value(old)} -> {yaml_value(new)}"
+        for key, (old, new) in changed.items()
+        if not any(covers(name, key) for name in (*allowed, *safe))
     ]
     if rejected:
         listed = "\n  ".join(rejected)
         raise InputError(
             f"the recipe differs from the one that this run was trained with:\n  {listed}\n"
+            f"`tinylm train {shlex.quote(str(run.path))} --resume` continues with the run's own recipe;\n"
             "accept a change with --allow-change KEY (or SECTION), or choose another folder with --out",
             where=str(run.path),
         )

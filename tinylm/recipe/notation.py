@@ -6,7 +6,9 @@ a string. `Dumper` quotes every string that `Loader` would not read as a string.
 
 from __future__ import annotations
 
+import math
 import re
+from typing import Any
 
 import yaml
 
@@ -40,3 +42,9 @@ def _represent_text(dumper: Dumper, text: str) -> yaml.ScalarNode:
 
 
 Dumper.add_representer(str, _represent_text)
+
+
+def yaml_value(value: Any) -> str:
+    """Return one value of a recipe as YAML on one line, as in `--set KEY=VALUE`."""
+    text: str = yaml.dump(value, Dumper=Dumper, allow_unicode=True, default_flow_style=True, width=math.inf)
+    return text.removesuffix("...\n").rstrip("\n")
