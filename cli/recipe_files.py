@@ -38,4 +38,5 @@ def find_recipe(recipe: str) -> Path:
     if "*" in recipe or re.match(r"[a-z0-9]+:", recipe):
         raise InputError("is a text, not a recipe", where=recipe, hint=_new_hint(recipe))
     hint = did_you_mean(recipe, known) or "`tinylm recipes` lists the recipes that ship with tinylm"
-    raise InputError("no such recipe", where=recipe, hint=hint)
+    is_path = recipe.lower().endswith((".yaml", ".yml")) or os.sep in recipe
+    raise InputError("no such file" if is_path else "no such recipe", where=recipe, hint=hint)
