@@ -20,6 +20,7 @@ from tinylm.ensemble import Ensemble
 from tinylm.errors import InputError
 from tinylm.evaluation.curves import comparable_metric
 from tinylm.evaluation.metrics import Metric
+from tinylm.recipe.notation import yaml_value
 
 from . import compare_scores
 from .compare_scores import ScoreComparison
@@ -112,7 +113,7 @@ def compare(
 
     def print_tables() -> Console:
         console = stdout_console()
-        _print_table(console, "recipe", runs, recipes, _formatted)
+        _print_table(console, "recipe", runs, recipes, yaml_value)
         _print_table(console, f"{metric.heading} at step{metric.direction}", runs, curves, metric.formatted)
         return console
 
@@ -144,6 +145,9 @@ def compare(
         comparison = compare_runs(
             opened, on or (), split=split, stride=stride, text_format=text_format, device=device, reporter=reporter
         )
+    if comparison is None:  # before the tables, so that it is read first
+        hint = ": choose a text with --on" if not_tested == _DIFFERENT_TEXTS else ""
+        reporter.warn(f"{not_tested}, so their results are not comparable{hint}")
     if json:
         print_json(document | ({"tests": [], "not_tested": not_tested} if comparison is None else comparison.as_dict()))
     else:
@@ -152,10 +156,7 @@ def compare(
             comparison.print(console, text)
         elif comparison is not None:
             _print_comparison(console, comparison, text)
-    if comparison is None:
-        hint = ": choose a text with --on" if not_tested == _DIFFERENT_TEXTS else ""
-        reporter.warn(f"{not_tested}, so their results are not comparable{hint}")
-    elif not isinstance(comparison, ScoreComparison):
+    if comparison is not None and not isinstance(comparison, ScoreComparison):
         leaks = [run.path for run in comparison.runs if (largest_share(run.overlaps) or 0) > WARN_ABOVE]
         if leaks:
             reporter.warn(f"much of the text also occurs in the training text of {', '.join(leaks)}: see the 'overlap' column")
@@ -247,10 +248,6 @@ def _print_table(
         table.add_row(str(row["name"]), *(Text("" if value is None else formatted(value)) for value in row["values"]))
     console.print(table)
     console.print()
-
-
-def _formatted(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) and value > 0.01 else f"{value}"
 
 
 def _recipe_differences(models: list[Ensemble]) -> list[dict[str, Any]]:

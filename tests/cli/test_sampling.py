@@ -17,6 +17,8 @@ from command import COMMAND, CommandResult, RunCli, environment, error_of
 from tinylm.data import shards
 from tinylm.generation import precompile
 from tinylm.native import NativeFunction
+from tinylm.recipe import load
+from tinylm.recipe.schema import dump_yaml
 from tinylm.reporting import Reporter
 from tinylm.run import Run
 
@@ -216,6 +218,16 @@ def test_compare_prints_differences_and_their_significance(run_cli: RunCli, tiny
     assert "whether these trained models differ on this text" in shown
     assert "at least two runs" in error_of(run_cli("compare", tiny_run.path))
     assert "--field: requires --on" in error_of(run_cli("compare", tiny_run.path, tiny_run.path, "--field", "x"))
+
+
+def test_compare_prints_recipes_in_the_notation_of_recipes(run_cli: RunCli, tiny_run: Run, tmp_path: Path) -> None:
+    other = shutil.copytree(tiny_run.path, tmp_path / "other")
+    changed = load(tiny_run.path / "recipe.yaml", ["training.compile=true", "training.optimizer.weight_decay=0.30001"])
+    (other / "recipe.yaml").write_text(dump_yaml(changed.as_dict()))
+    shown = run_cli("compare", tiny_run.path, other).out
+    rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if line.startswith("training.")}
+    assert rows["training.compile"] == ["false", "true"]
+    assert rows["training.optimizer.weight_decay"][1] == "0.30001"
 
 
 def test_compare_runs_no_significance_tests_if_the_held_out_texts_differ(run_cli: RunCli, tiny_run: Run, tmp_path: Path) -> None:
