@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from rich.columns import Columns
@@ -48,6 +49,8 @@ _COMMANDS_BY_TASK = {
     ],
 }
 """Suggested next commands for all tasks except language models on text. Each entry is (name, command, purpose)."""
+_MODULES_OF_EXTRAS = {"plot": ("matplotlib",), "serve": ("prometheus_client", "starlette", "uvicorn")}
+"""The modules that suggested commands import from the extra of the same name."""
 _SAMPLE_CHARACTERS = 240
 _SIDE_BY_SIDE = 76
 """Minimum width of the terminal for two samples side by side."""
@@ -152,6 +155,12 @@ def _next_commands(run: str, summary: TrainingSummary) -> list[tuple[str, str]]:
         commands.insert(3, ("eval", f"tinylm eval --run {run} --baselines", "compare it with n-gram models and compressors"))
     if not summary.inspectable:
         commands = [each for each in commands if each[0] != "inspect"]
-    shown = [(command, purpose) for name, command, purpose in commands if name in COMMANDS]
+    shown = [(command, purpose + _missing_extra(name)) for name, command, purpose in commands if name in COMMANDS]
     width = max(len(command) for command, _ in shown)
     return [(f"{command:<{width}}", purpose) for command, purpose in shown]
+
+
+def _missing_extra(command: str) -> str:
+    """Return a note about the extra that a command needs, or an empty string if it needs none or the extra is installed."""
+    installed = all(find_spec(module) is not None for module in _MODULES_OF_EXTRAS.get(command, ()))
+    return "" if installed else f' (needs an extra: pip install "tinylm[{command}]")'

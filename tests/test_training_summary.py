@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +63,14 @@ def test_the_summary_of_a_finished_run_shows_losses_baselines_and_next_commands(
     assert "575 of 575 steps" in text
     for command in ("sample --run 'runs/a b'", "serve --run 'runs/a b'", "eval --run 'runs/a b' --html", "plot 'runs/a b'"):
         assert f"tinylm {command}" in text
+
+
+def test_a_suggested_command_says_which_extra_it_needs_if_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "needs an extra" not in shown(result())
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    text = shown(result(), width=200)
+    assert 'draw the loss curves (needs an extra: pip install "tinylm[plot]")' in text
+    assert text.count("needs an extra") == 1
 
 
 @pytest.mark.parametrize("task", ["chat", "classification", "masked_lm", "translation"])
