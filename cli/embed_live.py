@@ -19,7 +19,7 @@ from .console import format_count, format_duration
 from .curves import Curve, draw_curves
 
 _SECONDS_BETWEEN_LINES = 5.0
-_STOPPING = "stopping after this step; press Ctrl-C again to exit immediately"
+_STOPPING = "stopping after this step; a second Ctrl-C or SIGTERM exits immediately"
 _CURVE_HEIGHT = 6
 
 

@@ -21,7 +21,7 @@ from .curves import LABEL_WIDTH, Axes, Curve, draw_curves, legend
 from .smoothing import smoothed
 
 _SECONDS_BETWEEN_LINES = 5.0
-_STOPPING = "stopping after this step; press Ctrl-C again to exit immediately"
+_STOPPING = "stopping after this step; a second Ctrl-C or SIGTERM exits immediately"
 _CURVE_HEIGHT = 8
 _MAX_SAMPLE_LINES = 6
 _NARROW = 60

@@ -65,12 +65,20 @@ def show_summary(result: TrainResult, summary: TrainingSummary, console: StderrC
     if result.stopped == "patience":
         console.print_line("stopped early, because evaluations no longer improved (evaluation.patience)", styles.WARNING)
     elif result.stopped != "done":
-        text = f"stopped early; the last step is saved. Continue with: tinylm train {run} --resume"
+        if _is_complete(result):
+            text = f"training is complete, but the final evaluation is missing. Run it with: tinylm train {run} --resume"
+        else:
+            text = f"stopped early; the last step is saved. Continue with: tinylm train {run} --resume"
         console.print_line(text, styles.WARNING)
         return
     console.print_line("next:", "dim")
     for command, purpose in _next_commands(run, summary):
         console.print_line(f"  {command}   {purpose}", "dim")
+
+
+def _is_complete(result: TrainResult) -> bool:
+    """Whether all steps were trained. A signal can still have interrupted the final evaluation."""
+    return result.stopped == "done" or result.fraction_done >= 1
 
 
 def _quality_rows(result: TrainResult, summary: TrainingSummary) -> list[tuple[str, str]]:
@@ -99,7 +107,7 @@ def _quality_rows(result: TrainResult, summary: TrainingSummary) -> list[tuple[s
 
 def _effort_rows(result: TrainResult) -> list[tuple[str, str]]:
     tokens, parameters = format_count(result.tokens), format_count(result.parameters)
-    if result.stopped == "done":
+    if _is_complete(result):
         steps = f"{result.step:,} of {result.steps:,} steps"
     else:
         about = "about " if result.limited_by_time else ""

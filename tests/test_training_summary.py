@@ -99,6 +99,14 @@ def test_the_summary_of_a_stopped_run_shows_its_progress(changes: dict[str, obje
     assert "tinylm serve" not in text
 
 
+def test_a_run_stopped_before_its_final_evaluation_is_complete() -> None:
+    text = shown(result(stopped="signal", metrics={"loss": None}), replace(SUMMARY, heldout_loss=None, bits_per_byte=None), 200)
+    assert "575 of 575 steps" in text
+    assert "100%" not in text
+    assert "training is complete, but the final evaluation is missing. Run it with: tinylm train 'runs/a b' --resume" in text
+    assert "stopped early" not in text
+
+
 @pytest.mark.parametrize(("width", "side_by_side"), [(45, False), (80, True), (120, True)])
 def test_the_first_and_last_sample_are_side_by_side_if_they_fit(width: int, side_by_side: bool) -> None:
     samples = (SavedSample(10, "The xq zz"), SavedSample(500, "The for statement\n\nis used"))
