@@ -70,6 +70,7 @@ def test_without_a_best_checkpoint_the_default_is_the_newest_with_a_warning(copi
     newest = copied.checkpoints()[-1]
     with pytest.warns(TinylmWarning, match=f"no best checkpoint yet.*using the newest, {newest.name}"):
         assert copied.checkpoint() == newest
+    assert copied.checkpoint() == newest, "warns only once"
     shutil.rmtree(copied.path / "checkpoints")
     with pytest.raises(InputError, match="no best checkpoint yet"):
         copied.checkpoint()

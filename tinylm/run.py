@@ -451,9 +451,17 @@ class Run:
         saved = self.checkpoints()
         if (self.path / "checkpoints" / "best").exists() or not saved:
             return "best"
-        text = f"no best checkpoint yet, because the run has not been evaluated; using the newest, {saved[-1].name}"
-        warnings.warn(f"{self.path}: {text}", TinylmWarning, stacklevel=1)  # one location, so that Python shows it once
-        return saved[-1].name
+        newest = saved[-1].name
+        if newest not in self._announced:
+            self._announced.add(newest)
+            text = f"no best checkpoint yet, because the run has not been evaluated; using the newest, {newest}"
+            warnings.warn(f"{self.path}: {text}", TinylmWarning, stacklevel=3)
+        return newest
+
+    @cached_property
+    def _announced(self) -> set[str]:
+        """The default checkpoints that a warning has announced. Commands choose the checkpoint several times but warn once."""
+        return set()
 
     def _resolve_pointer(self, name: str) -> str:
         pointer = self.path / "checkpoints" / name
