@@ -65,9 +65,14 @@ def test_a_missing_best_checkpoint_is_reported(copied: Run) -> None:
         copied.checkpoint("best")
 
 
-def test_without_a_best_checkpoint_the_default_is_the_newest_with_a_warning(copied: Run) -> None:
+def test_before_the_first_evaluation_the_default_checkpoint_is_the_newest_with_a_warning(copied: Run) -> None:
     (copied.path / "checkpoints" / "best").unlink()
     newest = copied.checkpoints()[-1]
+    with pytest.raises(InputError, match="no best checkpoint yet"):  # a file was deleted, because the run was evaluated
+        copied.checkpoint()
+    metrics = copied.path / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+    metrics.write_text("".join(line for line in lines if json.loads(line)["kind"] != "eval"), encoding="utf-8")
     with pytest.warns(TinylmWarning, match=f"no best checkpoint yet.*using the newest, {newest.name}"):
         assert copied.checkpoint() == newest
     assert copied.checkpoint() == newest, "warns only once"

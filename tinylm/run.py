@@ -449,7 +449,7 @@ class Run:
 
     def _default_checkpoint(self) -> str:
         saved = self.checkpoints()
-        if (self.path / "checkpoints" / "best").exists() or not saved:
+        if (self.path / "checkpoints" / "best").exists() or not saved or self._was_evaluated():
             return "best"
         newest = saved[-1].name
         if newest not in self._announced:
@@ -457,6 +457,10 @@ class Run:
             text = f"no best checkpoint yet, because the run has not been evaluated; using the newest, {newest}"
             warnings.warn(f"{self.path}: {text}", TinylmWarning, stacklevel=3)
         return newest
+
+    def _was_evaluated(self) -> bool:
+        """Whether the run has, or had, a best checkpoint. Without metrics, this is unknown, and the answer is yes."""
+        return not (self.path / "metrics.jsonl").exists() or any(event["kind"] == "eval" for event in self.metrics())
 
     @cached_property
     def _announced(self) -> set[str]:
