@@ -164,17 +164,18 @@ def sample(
     _check_combinations(ctx)
     if beams is not None and beams < count:
         raise InputError(f"must be at least -n ({count})", where="--beams")
-    check_ranges(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        frequency_penalty=frequency_penalty,
-        presence_penalty=presence_penalty,
-        logprobs=logprobs,
-    )
+    numbers: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "frequency_penalty": frequency_penalty,
+        "presence_penalty": presence_penalty,
+        "logprobs": logprobs,
+    }
+    check_ranges(**numbers)  # before torch is imported
     weight_kind = None if weights is None else checked_weights(weights)
     console = stderr_console()
     opened = open_ensemble(run, checkpoint, console, quiet=quiet)  # reports a missing checkpoint before torch is imported
@@ -195,18 +196,10 @@ def sample(
 
     tokenizer = opened.members[0].run.tokenizer
     options = SamplingOptions(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
+        **numbers,
         stop=tuple(stop or ()),
-        frequency_penalty=frequency_penalty,
-        presence_penalty=presence_penalty,
         logit_bias=_logit_biases(tokenizer, logit_bias or (), ban or ()),
         forced=tuple(tokenizer.encode(force)),
-        logprobs=logprobs,
     )
     seed = secrets.randbelow(2**31) if seed is None else seed
     template = Request("", options, seed, _constraint(tokenizer, regex, choice))
