@@ -34,42 +34,37 @@ from tinylm.text.sources import Corpus
 
 SOURCE = "builtin:python-docs"
 EDITED_SHARES = (0.05, 0.10, 0.20)
-MEAN_WORDS = 400
+SENTENCES, SENTENCE_WORDS, MEAN_SENTENCES = 100_000, 12, 33
 
 
-def words_by_frequency() -> tuple[np.ndarray, np.ndarray]:
-    """Return the words in a real text and their probabilities."""
+def generated_sentences(random: np.random.Generator) -> np.ndarray:
+    """Return sentences of random words with the frequencies of a real text, object (SENTENCES,)."""
     with Corpus([SOURCE]) as corpus:
         counts = collections.Counter(word for piece in corpus.pieces() for word in re.findall(r"[a-z]+", piece.text.lower()))
     words, frequencies = zip(*sorted(counts.items()), strict=True)
-    return np.array(words, dtype=object), np.array(frequencies) / sum(frequencies)
+    chosen = random.choice(np.array(words, dtype=object), (SENTENCES, SENTENCE_WORDS), p=np.array(frequencies) / sum(frequencies))
+    return np.array([f"{' '.join(row).capitalize()}." for row in chosen.tolist()], dtype=object)
 
 
 def generated_documents(seed: int) -> Iterator[str]:
-    """Yield documents of random words with the frequencies of a real text. 1% of the words are unique."""
+    """Yield documents of random sentences in paragraphs of five, each of which contains a unique word."""
     random = np.random.default_rng(seed)
-    vocabulary, probabilities = words_by_frequency()
+    sentences = generated_sentences(random)
     earlier: list[list[str]] = []
     while True:
         kind = random.random()
         if earlier and kind < 0.10:
-            words = list(earlier[random.integers(len(earlier))])
+            document = list(earlier[random.integers(len(earlier))])
             if kind < 0.05:
-                edit(words, 0.05, scattered=False, random=random, vocabulary=vocabulary)
+                document[random.integers(len(document))] = sentences[random.integers(SENTENCES)]
         else:
-            count = int(random.lognormal(np.log(MEAN_WORDS), 0.6))
-            words = random.choice(vocabulary, count, p=probabilities).tolist()
-            for position in np.flatnonzero(random.random(count) < 0.01).tolist():
-                words[position] = f"{random.integers(1 << 30):x}"
+            count = 1 + int(random.lognormal(np.log(MEAN_SENTENCES), 0.6))
+            document = sentences[random.integers(SENTENCES, size=count)].tolist()
+            for start, number in zip(range(0, count, 5), random.integers(1 << 62, size=count).tolist(), strict=False):
+                document[start] += f" It is {number:x}."
             if len(earlier) < 20_000:
-                earlier.append(words)
-        yield as_sentences(words)
-
-
-def as_sentences(words: list[str]) -> str:
-    """Return the words as sentences of 12 words and paragraphs of 5 sentences."""
-    sentences = [" ".join(words[start : start + 12]).capitalize() + "." for start in range(0, len(words), 12)]
-    return "\n\n".join(" ".join(sentences[start : start + 5]) for start in range(0, len(sentences), 5)) + "\n"
+                earlier.append(document)
+        yield "\n\n".join(" ".join(document[start : start + 5]) for start in range(0, len(document), 5)) + "\n"
 
 
 def edit(words: list[str], share: float, *, scattered: bool, random: np.random.Generator, vocabulary: np.ndarray) -> None:

@@ -14,12 +14,10 @@ from functools import cached_property
 
 import numpy as np
 
-from tinylm.curation.words import hash_ngrams, hash_words
+from tinylm.curation.words import find_words
 
 SHINGLE_WORDS = 5
 _SEED = 1
-_CHUNK = 1 << 15
-"""Number of shingles that are hashed at once. The arrays for one chunk fit in the CPU's caches."""
 _ASCII = bytes(
     ord("0") if chr(code).isdigit() else ord(chr(code).lower()) if chr(code).isalnum() else ord(" ") for code in range(128)
 ) + bytes(128)
@@ -37,16 +35,15 @@ def shingles(text: str) -> np.ndarray:
 
     Case, punctuation, accents and the values of digits are ignored, similar to datatrove.
     """
-    hashes = hash_words(_words(text))
-    return hash_ngrams(hashes, min(SHINGLE_WORDS, len(hashes))) if len(hashes) else hashes
+    words = find_words(_normalized(text))
+    return words.ngram_hashes(min(SHINGLE_WORDS, len(words))) if len(words) else words.hashes
 
 
-def _words(text: str) -> list[bytes]:
+def _normalized(text: str) -> str:
     if text.isascii():  # several times faster
-        return text.encode("ascii").translate(_ASCII).split()
+        return text.encode("ascii").translate(_ASCII).decode("ascii")
     text = "".join(c for c in unicodedata.normalize("NFD", text.lower()) if not unicodedata.combining(c))
-    text = _IDEOGRAPH.sub(r" \1 ", _DIGIT.sub("0", _NO_WORD.sub(" ", text)))
-    return text.encode("utf-8").split()
+    return _IDEOGRAPH.sub(r" \1 ", _DIGIT.sub("0", _NO_WORD.sub(" ", text)))
 
 
 @dataclass(frozen=True)
@@ -58,9 +55,9 @@ class MinHash:
 
     @cached_property
     def _functions(self) -> tuple[np.ndarray, np.ndarray]:
-        """The odd factor and the offset of each function x -> factor * x + offset modulo 2**64."""
-        factors, offsets = np.random.default_rng(_SEED).integers(0, 1 << 64, (2, self.bands * self.rows), dtype=np.uint64)
-        return factors | np.uint64(1), offsets
+        """The odd factor and the offset of each function x -> factor * x + offset modulo 2**32."""
+        factors, offsets = np.random.default_rng(_SEED).integers(0, 1 << 32, (2, self.bands * self.rows), dtype=np.uint32)
+        return factors | np.uint32(1), offsets
 
     def probability(self, similarity: float) -> float:
         """Return the probability that two documents with this Jaccard similarity agree in at least one band."""
@@ -71,27 +68,14 @@ class MinHash:
 
         Documents have the same key if they agree in all rows of the band.
         """
-        keys = np.empty((self.bands, len(documents)), dtype=np.uint64)
-        first = 0
-        while first < len(documents):
-            last, size = first + 1, len(documents[first])
-            while last < len(documents) and size + len(documents[last]) <= _CHUNK:
-                size += len(documents[last])
-                last += 1
-            keys[:, first:last] = self._keys(documents[first:last])
-            first = last
-        return keys
+        from tinylm.curation import kernels
 
-    def _keys(self, documents: list[np.ndarray]) -> np.ndarray:
-        values = np.concatenate(documents)
-        starts = np.cumsum([0, *map(len, documents[:-1])])
-        keys = np.zeros((self.bands, len(documents)), dtype=np.uint64)
-        hashed = np.empty_like(values)
-        for number, (factor, offset) in enumerate(zip(*self._functions, strict=True)):
-            np.multiply(values, factor, out=hashed)
-            hashed += offset
-            band = keys[number // self.rows]
-            band ^= np.minimum.reduceat(hashed, starts)
-            band *= _MIX
-            band ^= band >> np.uint64(29)
-        return keys
+        minima = np.empty((len(documents), self.bands * self.rows), dtype=np.uint32)
+        for number, document in enumerate(documents):
+            minima[number] = kernels.minima((document >> np.uint64(32)).astype(np.uint32), *self._functions)
+        keys = np.zeros((len(documents), self.bands), dtype=np.uint64)
+        for row in range(self.rows):
+            keys ^= minima[:, row :: self.rows]
+            keys *= _MIX
+            keys ^= keys >> np.uint64(29)
+        return np.ascontiguousarray(keys.T)

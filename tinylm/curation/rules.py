@@ -12,19 +12,17 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 
-from tinylm.curation.words import hash_ngrams
+from tinylm.curation.words import Words, find_words
 
-_STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
-_PARAGRAPH_BREAK = re.compile(r"\n{2,}")
+_STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
+_MIN_SENTENCES = 5
 _SENTENCE_BREAK = re.compile(r"[.!?][\"'”’)\]]*[ \t]+(?=\S)")
 _TERMINAL_PUNCTUATION = tuple(".!?…。！？．؟।॥։።…\"'”’»")
 _SHORT_LINE_CHARACTERS = 30
-_MIN_REPEATED_SHARE, _MIN_TOP_SHARE = 0.10, 0.16
-"""The smallest limits of the rules for repeated n-grams and for the most frequent n-gram."""
 
 
 class Page:
@@ -40,20 +38,12 @@ class Page:
 
     @cached_property
     def paragraphs(self) -> list[str]:
-        return _PARAGRAPH_BREAK.split(self.text.strip())
+        """The parts of the text that are separated by blank lines."""
+        return [part.lstrip("\n") for part in self.text.strip().split("\n\n") if part != "" and part != "\n"]
 
     @cached_property
-    def words(self) -> list[str]:
-        return self.text.split()
-
-    @cached_property
-    def word_lengths(self) -> np.ndarray:
-        return np.fromiter(map(len, self.words), dtype=np.int64, count=len(self.words))
-
-    @cached_property
-    def word_hashes(self) -> np.ndarray:
-        # These hashes differ between processes, but the results depend only on which of them are equal.
-        return np.fromiter(map(hash, self.words), dtype=np.int64, count=len(self.words)).view(np.uint64)
+    def words(self) -> Words:
+        return find_words(self.text)
 
     @cached_property
     def repeated_lines(self) -> tuple[int, int]:
@@ -65,67 +55,14 @@ class Page:
         """The number of paragraphs that repeat an earlier one, and the number of characters in them."""
         return _repeated(self.paragraphs)
 
-    @cached_property
-    def share_in_repeated_5_grams(self) -> float:
-        """The fraction of the characters that are in a 5-gram that occurred before. It is an upper bound for all longer n-grams."""
-        return self._share_in_repeated(5)
-
-    def _share_in_repeated(self, length: int) -> float:
-        hashes = hash_ngrams(self.word_hashes, length)
-        if _highest_count(hashes) < 2:
-            return 0.0
-        _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-        repeated = np.flatnonzero(first[inverse] != np.arange(len(hashes)))
-        edges = np.zeros(len(self.words) + 1, dtype=np.int64)
-        np.add.at(edges, repeated, 1)
-        np.add.at(edges, repeated + length, -1)
-        return float(self.word_lengths[np.cumsum(edges)[:-1] > 0].sum() / len(self.text))
-
     def share_of_repeated_ngrams(self, length: int) -> float:
-        """Return the fraction of the characters in n-grams that occurred before. N-grams that overlap are counted once.
-
-        If the fraction is below the limits of all rules, the result is an upper bound, which is much faster.
-        """
-        if self.share_in_repeated_5_grams <= _MIN_REPEATED_SHARE:
-            return self.share_in_repeated_5_grams
-        hashes = hash_ngrams(self.word_hashes, length).tolist()
-        ends = np.concatenate(([0], np.cumsum(self.word_lengths))).tolist()
-        seen: set[int] = set()
-        characters = position = 0
-        while position < len(hashes):
-            if hashes[position] in seen:
-                characters += ends[position + length] - ends[position]
-                position += length
-            else:
-                seen.add(hashes[position])
-                position += 1
-        return characters / len(self.text)
+        """Return the fraction of the characters in n-grams that occurred before. N-grams that overlap are counted once."""
+        return _share(self.words.repeated_characters(length), len(self.text))
 
     def share_of_top_ngram(self, length: int) -> float:
-        """Return the fraction of the characters in the most frequent n-gram, or 0 if no n-gram is repeated.
-
-        If the fraction is below the limits of all rules, the result is an upper bound, which is much faster.
-        """
-        hashes = hash_ngrams(self.word_hashes, length)
-        count = _highest_count(hashes)
-        if count < 2:
-            return 0.0
-        ends = np.concatenate(([0], np.cumsum(self.word_lengths)))
-        sizes = ends[length:] - ends[:-length] + length - 1
-        bound = count * int(sizes.max()) / len(self.text)
-        if bound <= _MIN_TOP_SHARE:
-            return bound
-        _, first, counts = np.unique(hashes, return_index=True, return_counts=True)
-        return count * int(sizes[first[counts == count].min()]) / len(self.text)
-
-
-def _highest_count(hashes: np.ndarray) -> int:
-    """Return how often the most frequent value occurs."""
-    ordered = np.sort(hashes)
-    if not (ordered[1:] == ordered[:-1]).any():
-        return min(len(hashes), 1)
-    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
-    return int(np.diff(np.append(starts, len(ordered))).max())
+        """Return the fraction of the characters in the most frequent n-gram, or 0 if no n-gram is repeated."""
+        count, characters = self.words.top_ngram(length)
+        return count * characters / len(self.text) if count > 1 else 0.0
 
 
 def _repeated(elements: Sequence[str]) -> tuple[int, int]:
@@ -158,17 +95,19 @@ def _ends_with_ellipsis(line: str) -> bool:
     return line.rstrip().endswith(("...", "…"))
 
 
-def _words_with_letter(words: Sequence[str]) -> int:
-    others = [word for word in words if not word[0].isalpha()]
-    return len(words) - sum(not any(map(str.isalpha, word)) for word in others)
-
-
 def _sentences(page: Page) -> int:
-    return len(page.lines) + len(_SENTENCE_BREAK.findall(page.text))
+    """Return the number of sentences, or the number of lines, a lower bound, if it is large enough."""
+    lines = len(page.lines)
+    return lines if lines >= _MIN_SENTENCES else lines + len(_SENTENCE_BREAK.findall(page.text))
+
+
+@cache
+def _stop_word_hashes() -> np.ndarray:
+    return find_words(" ".join(_STOP_WORDS)).hashes
 
 
 def _stop_words(page: Page) -> int:
-    return len(_STOP_WORDS.intersection(page.words))
+    return int((page.words.hashes[:, None] == _stop_word_hashes()).any(axis=0).sum())
 
 
 def _top_ngram(length: int) -> Callable[[Page], float]:
@@ -212,25 +151,25 @@ RULES = (
     Rule("gopher_line_text", "share of text in repeated lines", lambda p: _text_share(p.repeated_lines, p), high=0.2),
     *(
         Rule(f"gopher_top_{n}_gram", f"share of text in the most frequent {n}-gram", _top_ngram(n), high=limit)
-        for n, limit in ((2, 0.2), (3, 0.18), (4, _MIN_TOP_SHARE))
+        for n, limit in ((2, 0.2), (3, 0.18), (4, 0.16))
     ),
     *(
         Rule(f"gopher_{n}_grams", f"share of text in repeated {n}-grams", _repeated_ngrams(n), high=limit)
-        for n, limit in ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, _MIN_REPEATED_SHARE))
+        for n, limit in ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.1))
     ),
     Rule("gopher_words", "words", lambda p: len(p.words), 50, 100_000),
-    Rule("gopher_word_length", "mean word length", lambda p: _share(float(p.word_lengths.sum()), len(p.words)), 3, 10),
+    Rule("gopher_word_length", "mean word length", lambda p: _share(float(p.words.lengths.sum()), len(p.words)), 3, 10),
     Rule("gopher_hashes", "number signs (#) per word", lambda p: _share(p.text.count("#"), len(p.words)), high=0.1),
     Rule("gopher_ellipses", "ellipses per word", lambda p: _share(p.text.count("...") + p.text.count("…"), len(p.words)), high=0.1),
     Rule("gopher_bullets", "share of lines that begin with a bullet", lambda p: _line_share(p, _is_bullet), high=0.9),
     Rule(
         "gopher_ellipsis_lines", "share of lines ending with an ellipsis", lambda p: _line_share(p, _ends_with_ellipsis), high=0.3
     ),
-    Rule("gopher_letters", "share of words with a letter", lambda p: _share(_words_with_letter(p.words), len(p.words)), 0.8),
+    Rule("gopher_letters", "share of words with a letter", lambda p: _share(p.words.with_letter, len(p.words)), 0.8),
     Rule("gopher_stop_words", f"different words among {', '.join(sorted(_STOP_WORDS))}", _stop_words, 2),
     Rule("c4_lorem_ipsum", "occurrences of lorem ipsum", lambda p: p.text.lower().count("lorem ipsum"), high=0),
     Rule("c4_curly_brackets", "occurrences of {", lambda p: p.text.count("{"), high=0),
-    Rule("c4_sentences", "sentences", _sentences, 5),
+    Rule("c4_sentences", "sentences", _sentences, _MIN_SENTENCES),
     Rule(
         "fineweb_punctuation",
         "share of lines that end with punctuation",

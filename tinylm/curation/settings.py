@@ -15,7 +15,7 @@ from tinylm.data.prepare import load_tokenizer_file
 from tinylm.errors import InputError, did_you_mean
 from tinylm.recipe.schema import BpeTokenizer, FileTokenizer, TokenizerSection
 
-VERSION = 1
+VERSION = 2
 """Increased when the result for the same settings and text changes, so that the work of an earlier version is not continued."""
 GROUPS = ("gopher", "c4", "fineweb")
 STEPS = {

@@ -1,40 +1,77 @@
-"""Hash words and sequences of words to 64-bit numbers."""
+"""Divide texts into words, and hash words and sequences of words to 64-bit numbers.
+
+The inner loops are in `kernels`, which is imported late because importing numba takes half a second.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-_MAX_CACHED_WORDS = 1 << 19
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+OTHER, LETTER, SPACE = range(3)
+"""The classes of characters."""
+_classes = np.full(0x110000, OTHER, dtype=np.uint8)
+"""The class of each character in `_known`."""
+_known: set[str] = set()
 
 
-class _WordHashes(dict[bytes, int]):
-    """The hashes of the words seen so far. A missing word is hashed and added."""
+@dataclass(frozen=True)
+class Words:
+    """The words in a text. They are separated by whitespace."""
 
-    def __missing__(self, word: bytes) -> int:
-        if len(self) >= _MAX_CACHED_WORDS:
-            self.clear()
-        value = int.from_bytes(hashlib.blake2b(word, digest_size=8).digest(), "little")
-        self[word] = value
-        return value
+    hashes: np.ndarray
+    """uint64 (words,): a hash of each word, which is the same in every process."""
+    lengths: np.ndarray
+    """int64 (words,): the number of characters in each word."""
+    with_letter: int
+    """The number of words that contain a letter."""
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    def ngram_hashes(self, length: int) -> np.ndarray:
+        """Return the hash of each sequence of `length` words, uint64 (max(words - length + 1, 0),)."""
+        from tinylm.curation import kernels
+
+        hashes: np.ndarray = kernels.hash_ngrams(self.hashes, length)
+        return hashes
+
+    def top_ngram(self, length: int) -> tuple[int, int]:
+        """Return (count, characters) of the most frequent n-gram, including the spaces in it. The first one wins a tie."""
+        from tinylm.curation import kernels
+
+        count, characters = kernels.top_ngram(self.hashes, self.lengths, length)
+        return count, characters
+
+    def repeated_characters(self, length: int) -> int:
+        """Return the number of characters, without spaces, in n-grams that occurred before. Overlaps are counted once."""
+        from tinylm.curation import kernels
+
+        characters: int = kernels.repeated_characters(self.hashes, self.lengths, length)
+        return characters
 
 
-_hashes = _WordHashes()
+def find_words(text: str) -> Words:
+    """Find the words in a text."""
+    from tinylm.curation import kernels
+
+    if text.isascii():
+        codes = np.frombuffer(text.encode("ascii"), dtype=np.uint8)
+    else:
+        _classify(set(text) - _known)
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    return Words(*kernels.scan_words(codes, _classes))
 
 
-def hash_words(words: Sequence[bytes]) -> np.ndarray:
-    """Return the hash of each word, uint64 (words,). It is the same in every process."""
-    return np.fromiter(map(_hashes.__getitem__, words), dtype=np.uint64, count=len(words))
+def _classify(characters: set[str]) -> None:
+    """Store the classes of characters."""
+    for character in characters:
+        if character.isspace():
+            _classes[ord(character)] = SPACE
+        elif character.isalpha():
+            _classes[ord(character)] = LETTER
+    _known.update(characters)
 
 
-def hash_ngrams(hashes: np.ndarray, length: int) -> np.ndarray:
-    """Return the hash of each sequence of `length` words, uint64 (max(words - length + 1, 0),)."""
-    count = max(len(hashes) - length + 1, 0)
-    result = np.zeros(count, dtype=np.uint64)
-    for offset in range(length):
-        result *= _MULTIPLIER
-        result += hashes[offset : offset + count]
-    return result
+_classify(set(map(chr, range(128))))
