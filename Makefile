@@ -31,7 +31,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 demo: $(VENV)/installed
 	$(BIN)/tinylm train quickstart --out $(DEMO_RUN) --overwrite
 	$(BIN)/tinylm eval --run $(DEMO_RUN)
-	$(BIN)/tinylm sample --run $(DEMO_RUN) --prompt "The for statement" --max-new-tokens 120 --seed 1
+	$(BIN)/tinylm sample --run $(DEMO_RUN) --prompt "This module provides" --max-new-tokens 120 --seed 1
 	@echo
 	@echo "The model is in $(DEMO_RUN). Next:"
 	@echo "  $(BIN)/tinylm sample --run $(DEMO_RUN) --prompt \"Return a new list\""

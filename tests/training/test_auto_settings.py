@@ -54,7 +54,7 @@ def test_bf16_is_chosen_only_if_it_is_clearly_faster_for_this_model(
 ) -> None:
     monkeypatch.setattr(auto_settings.precisions, "bf16_speedup", lambda device: 3.0)
     times = {"fp32": fp32, "bf16": bf16}
-    monkeypatch.setattr(compilation.Trial, "seconds", lambda trial, **options: times[trial.settings.precision.name])
+    monkeypatch.setattr(compilation.Trial, "run", lambda trial: times[trial.settings.precision.name])
     recipe = tiny_recipe(text_file, "modern", "training.precision=auto")
     assert _resolved(recipe).training.precision == chosen
 

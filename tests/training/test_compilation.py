@@ -6,6 +6,8 @@ import importlib.util
 import json
 import shutil
 import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -256,3 +258,23 @@ def test_compiled_and_eager_losses_match_and_only_the_trial_compiles(text_file: 
     network = run.network(run.checkpoint(), CPU)
     assert generate(network, run.tokenizer, "The", SamplingOptions(max_new_tokens=3))[0].token_ids
     assert counters["stats"]["unique_graphs"] == graphs[0][1]
+
+
+TRAIN_AND_LIST_MODULES = """
+import sys
+from tinylm.pipeline import train
+from tinylm.recipe import load
+train(load(sys.argv[1]), sys.argv[2], device="cpu")
+print("torch._dynamo" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("options", [["training.precision=bf16"], ["training.optimizer.name=adamw", "training.precision=fp32"]])
+def test_training_without_compilation_does_not_import_the_compiler(options: list[str], text_file: Path, tmp_path: Path) -> None:
+    """The import takes about a second and 100 MB of memory."""
+    options += ["training.compile=off", "evaluation.every=2", "sampling.every=2", "sampling.max_new_tokens=2"]
+    recipe = tiny_recipe(text_file, "modern", "training.steps=4", *options)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    command = [sys.executable, "-c", TRAIN_AND_LIST_MODULES, tmp_path / "recipe.yaml", tmp_path / "run"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.stdout.split()[-1:] == ["False"], result.stderr

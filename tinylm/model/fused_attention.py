@@ -7,6 +7,7 @@ width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,8 +35,7 @@ def fused_attention(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=grouped)
 
 
-@library.custom_op("tinylm::attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> tuple[Tensor, Tensor]:
     """torch's attention in bfloat16 on a CPU, with `_attention_gradients` as its gradient.
 
     Also returns the logarithm of the softmax's denominator (B, H, T), in float32. `mask` has four axes.
@@ -46,15 +46,13 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: 
     return attended, log_total
 
 
-@_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> tuple[Tensor, Tensor]:
+def _attend_shapes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> tuple[Tensor, Tensor]:
     batch, heads, queries, width = q.shape
     log_total = q.new_empty(batch, queries, heads, dtype=torch.float32).transpose(1, 2)
     return q.new_empty(batch, queries, heads, width).transpose(1, 2), log_total
 
 
-@library.custom_op("tinylm::attention_gradients", mutates_args=())
-def _attention_gradients(
+def _compute_gradients(
     gradient: Tensor,
     q: Tensor,
     k: Tensor,
@@ -118,8 +116,7 @@ def _with_ones(y: Tensor) -> Tensor:
     return F.pad(y, (0, 2), value=1.0)
 
 
-@_attention_gradients.register_fake
-def _(
+def _gradient_shapes(
     gradient: Tensor,
     q: Tensor,
     k: Tensor,
@@ -144,4 +141,17 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | No
     return (*_attention_gradients(gradient, q, k, v, attended, log_total, mask, ctx.is_causal), None, None)
 
 
-_attention.register_autograd(_backward, setup_context=_save)
+def _operator(name: str, function: Callable[..., Any], shapes: Callable[..., Any]) -> Any:
+    """Register `function` as the CPU operator `tinylm::name`, which `torch.compile` does not look into, and return the operator.
+
+    The first call of an operator that `torch.library.custom_op` creates imports `torch._dynamo`, which takes a second.
+    """
+    library.define(f"tinylm::{name}", library.infer_schema(function, mutates_args=()))
+    library.impl(f"tinylm::{name}", "cpu", function)
+    library.register_fake(f"tinylm::{name}", shapes)
+    return getattr(torch.ops.tinylm, name)
+
+
+_attention = _operator("attention", _attend, _attend_shapes)
+_attention_gradients = _operator("attention_gradients", _compute_gradients, _gradient_shapes)
+library.register_autograd("tinylm::attention", _backward, setup_context=_save)

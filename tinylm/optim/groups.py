@@ -13,6 +13,7 @@ from tinylm.device import has_bf16_units
 from tinylm.errors import InputError
 from tinylm.optim.ema import EMA, WeightAverage
 from tinylm.optim.muon import Muon
+from tinylm.optim.without_dynamo import AdamW
 from tinylm.recipe.schema import MuonOptimizer, Optimizer
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def _adamw(
         chosen = [parameter for parameter, name in names.items() if multipliers.get(name) == multiplier]
         groups.append({"params": chosen, "weight_decay": weight_decay, "lr": lr * multiplier})
     device = next(iter(names)).device.type
-    return torch.optim.AdamW(
+    return AdamW(
         [group for group in groups if group["params"]],
         lr=lr,
         betas=section.betas,

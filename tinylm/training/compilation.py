@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -27,6 +30,14 @@ def available_compiler(device: torch.device) -> str | None:
     if device.type == "cpu":
         return cpp_compiler()
     return None
+
+
+def eager() -> AbstractContextManager[Any]:
+    """Return a context in which compiled networks run without compiled code. Otherwise, each new shape would be compiled.
+
+    Importing `torch._dynamo` takes a second. If it is not loaded, nothing is compiled.
+    """
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 class Trial:

@@ -27,6 +27,7 @@ from tinylm.optim.schedules import lr_multiplier
 from tinylm.recipe import Recipe
 from tinylm.run import Checkpoint
 from tinylm.training.checkpoint import CheckpointWriter, Snapshot, restore
+from tinylm.training.compilation import eager
 from tinylm.training.feed import Feed
 from tinylm.training.gradient import GradientComputer
 from tinylm.training.guards import Guard
@@ -543,9 +544,7 @@ class Trainer:
 
         self._observer.phase("evaluating")
         try:
-            # Without "force_eager", each new shape would trigger a recompilation.
-            stance = torch.compiler.set_stance("force_eager")
-            with stance, self._evaluation_precision(), self.setup.optimizers.averaged_weights():
+            with eager(), self._evaluation_precision(), self.setup.optimizers.averaged_weights():
                 metrics = self.hooks.evaluate(poll)
         except _EvaluationInterrupted:
             return
@@ -587,7 +586,7 @@ class Trainer:
 
     def _sample(self) -> None:
         self._observer.phase("sampling")
-        with torch.compiler.set_stance("force_eager"), self.setup.optimizers.averaged_weights():
+        with eager(), self.setup.optimizers.averaged_weights():
             for prompt, text in self.hooks.generate_samples():
                 self._observer.sample(SampleEvent(self.progress.step, prompt, text))
         self._observer.phase("training")
