@@ -137,7 +137,7 @@ def measure_duplicates(arguments: argparse.Namespace, folder: Path) -> None:
     random = np.random.default_rng(arguments.seed)
     with Corpus([SOURCE]) as corpus:
         text = "".join(piece.text for piece in corpus.pieces())
-    sentences = [s for s in re.split(r"(?<=[.!?])\s+", text) if 6 <= len(s.split()) <= 60]
+    sentences = np.array([s for s in re.split(r"(?<=[.!?])\s+", text) if 6 <= len(s.split()) <= 60], dtype=object)
     vocabulary = np.array(sorted(set(text.split())), dtype=object)
     originals = [" ".join(random.choice(sentences, int(random.integers(10, 60)))).split() for _ in range(arguments.documents)]
     kinds = [(share, scattered) for scattered in (False, True) for share in EDITED_SHARES]

@@ -42,7 +42,10 @@ def shingles(text: str) -> np.ndarray:
 def _normalized(text: str) -> str:
     if text.isascii():  # several times faster
         return text.encode("ascii").translate(_ASCII).decode("ascii")
-    text = "".join(c for c in unicodedata.normalize("NFD", text.lower()) if not unicodedata.combining(c))
+    text = unicodedata.normalize("NFD", text.lower())
+    marks = [character for character in set(text) if unicodedata.combining(character)]
+    if marks:
+        text = text.translate(dict.fromkeys(map(ord, marks)))
     return _IDEOGRAPH.sub(r" \1 ", _DIGIT.sub("0", _NO_WORD.sub(" ", text)))
 
 
