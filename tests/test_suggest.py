@@ -148,7 +148,7 @@ def test_long_runs_get_a_longer_context_and_the_same_number_of_tokens_per_step(a
         budget = Budget(minutes, accelerator, processor=None if accelerator else FAST)
         return suggest_recipe(DataSection(train=("builtin:python-docs",)), budget, sizes=[(4, 256)], **options)
 
-    short, long = (1, 10) if accelerator is None else (0.05, 0.2)
+    short, long = (1, 10) if accelerator is None else (0.03, 0.2)
     for minutes, options, context in (
         (short, {}, SHORT_CONTEXT),
         (long, {}, LONG_CONTEXT),

@@ -71,9 +71,9 @@ MAX_BATCH_TOKENS = 1 << 19
 LONG_TEXT_TOKENS = 10_000_000
 """With at least this many training tokens, the context length on accelerators is `ACCELERATOR_CONTEXT`."""
 SHORT_CONTEXT, LONG_CONTEXT, ACCELERATOR_CONTEXT = 256, 512, 1024
-LONG_CONTEXT_STEPS = 800
+LONG_CONTEXT_STEPS = 500
 """From this number of steps on, `LONG_CONTEXT` is used instead of `SHORT_CONTEXT`, with the same number of tokens per step. On
-three texts, it gave 1 to 4% fewer bits per byte after 1,000 to 2,300 steps, but up to 3% more after 150 to 450 steps."""
+three texts, it gave 1 to 4% fewer bits per byte after 500 to 2,300 steps, but the same or up to 3% more after 150 to 450 steps."""
 
 REGULARIZATION: tuple[tuple[float, float, float | None], ...] = ((6, 0.2, None), (3, 0.1, 0.5), (0.6, 0.0, 0.5), (0, 0.0, 0.0))
 """(minimum number of epochs, dropout, n-gram dropout). None means no n-gram tables. Without dropout, the tables memorize the names
