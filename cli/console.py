@@ -43,10 +43,13 @@ RUNS = typer.Option(
     help="A run folder or a checkpoint folder. If repeated, the models form an ensemble, which predicts their mean probabilities. "
     "Default: $TINYLM_RUN, or the newest run in runs/.",
 )
+_DEFAULT_CHECKPOINT = "Default: best, or the newest before the first evaluation."
 CHECKPOINTS = typer.Option(
-    None, "--checkpoint", help="The checkpoint: best, last or a step. If repeated, the checkpoints form an ensemble. Default: best."
+    None,
+    "--checkpoint",
+    help=f"The checkpoint: best, last or a step. If repeated, the checkpoints form an ensemble. {_DEFAULT_CHECKPOINT}",
 )
-CHECKPOINT = typer.Option(None, "--checkpoint", help="The checkpoint: best, last or a step. Default: best.")
+CHECKPOINT = typer.Option(None, "--checkpoint", help=f"The checkpoint: best, last or a step. {_DEFAULT_CHECKPOINT}")
 SET = typer.Option(None, "--set", metavar="SECTION.KEY=VALUE", help="Set a recipe key. Can be repeated.")
 FIELD = typer.Option("text", "--field", help="The field of .jsonl files, or the column of tables, that contains the text.")
 TEMPLATE = typer.Option(
