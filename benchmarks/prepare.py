@@ -47,7 +47,7 @@ def generated_sentences(random: np.random.Generator) -> np.ndarray:
 
 
 def generated_documents(seed: int) -> Iterator[str]:
-    """Yield documents of random sentences in paragraphs of five, each of which contains a unique word."""
+    """Yield documents of random sentences. Each paragraph has up to five sentences and contains a unique word."""
     random = np.random.default_rng(seed)
     sentences = generated_sentences(random)
     earlier: list[list[str]] = []
@@ -60,7 +60,8 @@ def generated_documents(seed: int) -> Iterator[str]:
         else:
             count = 1 + int(random.lognormal(np.log(MEAN_SENTENCES), 0.6))
             document = sentences[random.integers(SENTENCES, size=count)].tolist()
-            for start, number in zip(range(0, count, 5), random.integers(1 << 62, size=count).tolist(), strict=False):
+            starts = range(0, count, 5)
+            for start, number in zip(starts, random.integers(1 << 62, size=len(starts)).tolist(), strict=True):
                 document[start] += f" It is {number:x}."
             if len(earlier) < 20_000:
                 earlier.append(document)

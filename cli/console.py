@@ -43,7 +43,7 @@ RUNS = typer.Option(
     help="A run folder or a checkpoint folder. If repeated, the models form an ensemble, which predicts their mean probabilities. "
     "Default: $TINYLM_RUN, or the newest run in runs/.",
 )
-_DEFAULT_CHECKPOINT = "Default: best, or the newest before the first evaluation."
+_DEFAULT_CHECKPOINT = "Default: the checkpoint in --run, or best, or the newest if the run has not been evaluated yet."
 CHECKPOINTS = typer.Option(
     None,
     "--checkpoint",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tinylm.curation import kernels
 from tinylm.curation.minhash import MinHash, shingles
 
 
@@ -53,3 +54,15 @@ def test_similar_texts_without_spaces_share_shingles() -> None:
 
 def test_a_text_without_words_has_no_shingles() -> None:
     assert len(shingles("... --- !")) == 0
+
+
+def test_minima_are_those_of_plain_python() -> None:
+    values = [0, 1, 5, (1 << 32) - 1, 1 << 32, (1 << 64) - 1]
+    factors, offsets = [1, 3, (1 << 64) - 1, 0x9E3779B97F4A7C15], [0, (1 << 64) - 1, 7, 1 << 63]
+    expected = [min((x * factor + offset) % 2**64 >> 32 for x in values) for factor, offset in zip(factors, offsets, strict=True)]
+    assert kernels.minima(*(np.array(numbers, dtype=np.uint64) for numbers in (values, factors, offsets))).tolist() == expected
+
+
+def test_documents_with_a_single_shingle_have_different_keys() -> None:
+    keys = MinHash().band_keys([np.array([value], dtype=np.uint64) for value in (0x1234567800000001, 0x12345678FFFFFFFF)])
+    assert (keys[:, 0] != keys[:, 1]).all()

@@ -48,15 +48,27 @@ def test_every_auto_setting_is_resolved(text_file: Path) -> None:
     assert training.optimizer.newton_schulz_dtype in ("fp32", "bf16")
 
 
-@pytest.mark.parametrize(("fp32", "bf16", "chosen"), [(1.0, 0.5, "bf16"), (1.0, 0.97, "fp32"), (0.5, 1.0, "fp32")])
+@pytest.mark.parametrize("micro_batch", ["2", "auto"])
+@pytest.mark.parametrize(
+    ("fp32", "bf16", "chosen", "rounds"),
+    [(1.0, 0.4, "bf16", 1), (1.0, 0.6, "bf16", 2), (1.0, 0.97, "fp32", 2), (0.4, 1.0, "fp32", 1)],
+)
 def test_bf16_is_chosen_only_if_it_is_clearly_faster_for_this_model(
-    fp32: float, bf16: float, chosen: str, text_file: Path, monkeypatch: pytest.MonkeyPatch
+    fp32: float, bf16: float, chosen: str, rounds: int, micro_batch: str, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(auto_settings.precisions, "bf16_speedup", lambda device: 3.0)
     times = {"fp32": fp32, "bf16": bf16}
-    monkeypatch.setattr(compilation.Trial, "run", lambda trial: times[trial.settings.precision.name])
-    recipe = tiny_recipe(text_file, "modern", "training.precision=auto")
-    assert _resolved(recipe).training.precision == chosen
+    trials: list[str] = []
+
+    def run(trial: compilation.Trial) -> float:
+        trials.append(trial.settings.precision.name)
+        return times[trials[-1]]
+
+    monkeypatch.setattr(compilation.Trial, "run", run)
+    options = ("training.precision=auto", f"training.micro_batch_size={micro_batch}", "training.compile=off")
+    assert _resolved(tiny_recipe(text_file, "modern", *options)).training.precision == chosen
+    warm_up = ["bf16", "fp32"] if micro_batch == "auto" else ["fp32", "bf16"]
+    assert trials == warm_up + ["fp32", "bf16"] * rounds
 
 
 def test_training_continues_with_smaller_micro_batches_if_compiled_blocks_run_out_of_memory(

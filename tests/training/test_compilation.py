@@ -272,7 +272,7 @@ print("torch._dynamo" in sys.modules)
 @pytest.mark.parametrize("options", [["training.precision=bf16"], ["training.optimizer.name=adamw", "training.precision=fp32"]])
 def test_training_without_compilation_does_not_import_the_compiler(options: list[str], text_file: Path, tmp_path: Path) -> None:
     """The import takes about a second and 100 MB of memory."""
-    options += ["training.compile=off", "evaluation.every=2", "sampling.every=2", "sampling.max_new_tokens=2"]
+    options = [*options, "training.compile=off", "evaluation.every=2", "sampling.every=2", "sampling.max_new_tokens=2"]
     recipe = tiny_recipe(text_file, "modern", "training.steps=4", *options)
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     command = [sys.executable, "-c", TRAIN_AND_LIST_MODULES, tmp_path / "recipe.yaml", tmp_path / "run"]

@@ -6,34 +6,33 @@ from typing import Any
 
 import numpy as np
 
-from tinylm.curation.words import LETTER, SPACE
 from tinylm.jit import cached_njit
 
 _START, _PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 """The constants of the hash function FNV-1a."""
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
-_SHIFT = np.uint64(31)
+_SHIFT, _HALF = np.uint64(31), np.uint64(32)
 
 _njit = cached_njit()
 
 
 @_njit
-def scan_words(codes: Any, classes: Any) -> Any:
-    """Find the words in a text of character codes. Words are separated by characters of the class `SPACE`.
+def scan_words(codes: Any, classes: Any, letter: int, space: int) -> Any:
+    """Find the words in a text of character codes. Words are separated by characters of the class `space`.
 
     `classes` contains the class of each character code. Returns (hash of each word, length of each word in characters, number of
-    words that contain a letter).
+    words that contain a character of the class `letter`).
     """
     hashes = np.empty(len(codes) // 2 + 1, dtype=np.uint64)
     lengths = np.empty(len(hashes), dtype=np.int64)
     count, with_letter, length = 0, 0, 0
     value, has_letter = _START, False
     for i in range(len(codes) + 1):
-        kind = classes[codes[i]] if i < len(codes) else SPACE
-        if kind != SPACE:
+        kind = classes[codes[i]] if i < len(codes) else space
+        if kind != space:
             value = (value ^ np.uint64(codes[i])) * _PRIME
-            has_letter |= kind == LETTER
+            has_letter |= kind == letter
             length += 1
         elif length:
             hashes[count] = _mixed(value)
@@ -57,6 +56,8 @@ def hash_ngrams(hashes: Any, length: int) -> Any:
 def top_ngram(hashes: Any, lengths: Any, length: int) -> Any:
     """See `Words.top_ngram`."""
     total = max(len(hashes) - length + 1, 0)
+    if total == 0:
+        return 0, 0
     keys, counts, firsts = _table(total), np.zeros(_size(total), dtype=np.int64), np.empty(_size(total), dtype=np.int64)
     best, first = 0, 0
     for start in range(total):
@@ -91,11 +92,14 @@ def repeated_characters(hashes: Any, lengths: Any, length: int) -> int:
 
 @_njit
 def minima(values: Any, factors: Any, offsets: Any) -> Any:
-    """Return the minimum of factor * x + offset modulo 2**32 over all `values` x for each function, uint32 (functions,)."""
+    """For each function, return the minimum of the higher 32 bits of factor * x + offset modulo 2**64 over all `values` x.
+
+    All arguments are uint64, and the result is uint32 (functions,).
+    """
     result = np.full(len(factors), 0xFFFFFFFF, dtype=np.uint32)
     for x in values:
         for i in range(len(factors)):
-            result[i] = min(result[i], np.uint32(x * factors[i] + offsets[i]))
+            result[i] = min(result[i], np.uint32((x * factors[i] + offsets[i]) >> _HALF))
     return result
 
 

@@ -58,9 +58,9 @@ class MinHash:
 
     @cached_property
     def _functions(self) -> tuple[np.ndarray, np.ndarray]:
-        """The odd factor and the offset of each function x -> factor * x + offset modulo 2**32."""
-        factors, offsets = np.random.default_rng(_SEED).integers(0, 1 << 32, (2, self.bands * self.rows), dtype=np.uint32)
-        return factors | np.uint32(1), offsets
+        """The odd factor and the offset of each function, which maps x to the higher half of factor * x + offset modulo 2**64."""
+        factors, offsets = np.random.default_rng(_SEED).integers(0, 1 << 64, (2, self.bands * self.rows), dtype=np.uint64)
+        return factors | np.uint64(1), offsets
 
     def probability(self, similarity: float) -> float:
         """Return the probability that two documents with this Jaccard similarity agree in at least one band."""
@@ -75,7 +75,7 @@ class MinHash:
 
         minima = np.empty((len(documents), self.bands * self.rows), dtype=np.uint32)
         for number, document in enumerate(documents):
-            minima[number] = kernels.minima((document >> np.uint64(32)).astype(np.uint32), *self._functions)
+            minima[number] = kernels.minima(document, *self._functions)
         keys = np.zeros((len(documents), self.bands), dtype=np.uint64)
         for row in range(self.rows):
             keys ^= minima[:, row :: self.rows]

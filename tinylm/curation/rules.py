@@ -38,7 +38,7 @@ class Page:
 
     @cached_property
     def paragraphs(self) -> list[str]:
-        """The parts of the text that are separated by blank lines."""
+        """The parts of the text that are separated by empty lines."""
         return [part.lstrip("\n") for part in self.text.strip().split("\n\n") if part != "" and part != "\n"]
 
     @cached_property
@@ -96,7 +96,7 @@ def _ends_with_ellipsis(line: str) -> bool:
 
 
 def _sentences(page: Page) -> int:
-    """Return the number of sentences, or the number of lines, a lower bound, if it is large enough."""
+    """Return the number of sentences. If there are at least `_MIN_SENTENCES` lines, return their number, which is a lower bound."""
     lines = len(page.lines)
     return lines if lines >= _MIN_SENTENCES else lines + len(_SENTENCE_BREAK.findall(page.text))
 

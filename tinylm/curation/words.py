@@ -38,7 +38,10 @@ class Words:
         return hashes
 
     def top_ngram(self, length: int) -> tuple[int, int]:
-        """Return (count, characters) of the most frequent n-gram, including the spaces in it. The first one wins a tie."""
+        """Return (count, characters) of the most frequent n-gram, including the spaces in it, or (0, 0) if there is none.
+
+        The first one wins a tie.
+        """
         from tinylm.curation import kernels
 
         count, characters = kernels.top_ngram(self.hashes, self.lengths, length)
@@ -61,7 +64,7 @@ def find_words(text: str) -> Words:
     else:
         _classify(set(text) - _known)
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    return Words(*kernels.scan_words(codes, _classes))
+    return Words(*kernels.scan_words(codes, _classes, LETTER, SPACE))
 
 
 def _classify(characters: set[str]) -> None:

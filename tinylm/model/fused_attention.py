@@ -141,17 +141,20 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | No
     return (*_attention_gradients(gradient, q, k, v, attended, log_total, mask, ctx.is_causal), None, None)
 
 
+_LIBRARY: Any = library.Library("tinylm", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
 def _operator(name: str, function: Callable[..., Any], shapes: Callable[..., Any]) -> Any:
     """Register `function` as the CPU operator `tinylm::name`, which `torch.compile` does not look into, and return the operator.
 
     The first call of an operator that `torch.library.custom_op` creates imports `torch._dynamo`, which takes a second.
     """
-    library.define(f"tinylm::{name}", library.infer_schema(function, mutates_args=()))
-    library.impl(f"tinylm::{name}", "cpu", function)
-    library.register_fake(f"tinylm::{name}", shapes)
+    _LIBRARY.define(name + library.infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, function, "CPU")
+    library.register_fake(f"tinylm::{name}", shapes, lib=_LIBRARY)
     return getattr(torch.ops.tinylm, name)
 
 
 _attention = _operator("attention", _attend, _attend_shapes)
 _attention_gradients = _operator("attention_gradients", _compute_gradients, _gradient_shapes)
-library.register_autograd("tinylm::attention", _backward, setup_context=_save)
+library.register_autograd("tinylm::attention", _backward, setup_context=_save, lib=_LIBRARY)

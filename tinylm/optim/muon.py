@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tinylm.optim import zolotarev
+from tinylm.optim.without_dynamo import WithoutDynamo
 
 if TYPE_CHECKING:  # these imports take a second and are only needed in distributed training
     from torch.distributed.device_mesh import DeviceMesh
@@ -81,7 +82,7 @@ def orthogonalize_all(
     return results
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(WithoutDynamo, torch.optim.Optimizer):
     """Muon for parameters that are matrices.
 
     If a parameter stacks several matrices, `rows` contains the number of rows in each matrix. The spectral norm of an update is

@@ -32,7 +32,7 @@ from tinylm.training.precision import Precision
 from tinylm.training.step import GradientSettings
 
 _ROUNDS = 2
-"""How often the time of a micro-batch is measured in each precision."""
+"""Maximum number of timed trials in each precision."""
 
 
 @dataclass(frozen=True)
@@ -176,8 +176,8 @@ class _Chooser:
     def _faster_of(self, fp32: Precision, bf16: Precision, micro_batch_size: int) -> Precision:
         """Return `bf16` if it is clearly faster, else `fp32`.
 
-        The trials alternate to average out varying load on the machine. If one precision takes at most two thirds of the other's
-        time, one round is enough.
+        The trials alternate because the load on the machine varies. If one precision takes less than half of the other's time, a
+        second round is not needed.
         """
         trials = {precision: self._trial(micro_batch_size, precision) for precision in (fp32, bf16)}
         for precision, trial in trials.items():
@@ -187,7 +187,7 @@ class _Chooser:
         for _ in range(_ROUNDS):
             for precision, trial in trials.items():
                 seconds[precision] = min(seconds[precision], trial.run())
-            if max(seconds.values()) > 1.5 * min(seconds.values()):
+            if max(seconds.values()) > 2 * min(seconds.values()):
                 break
         return bf16 if seconds[bf16] < step_time.CLEARLY_FASTER * seconds[fp32] else fp32
 

@@ -33,7 +33,7 @@ def available_compiler(device: torch.device) -> str | None:
 
 
 def eager() -> AbstractContextManager[Any]:
-    """Return a context in which compiled networks run without compiled code. Otherwise, each new shape would be compiled.
+    """Return a context in which compiled networks run without compiled code, which would be compiled again for each new shape.
 
     Importing `torch._dynamo` takes a second. If it is not loaded, nothing is compiled.
     """
