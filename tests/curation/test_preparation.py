@@ -21,6 +21,7 @@ from tinylm.curation.settings import Settings
 from tinylm.data.shards import open_shard
 from tinylm.errors import InputError
 from tinylm.recipe.schema import BpeTokenizer
+from tinylm.reporting import CollectingReporter
 from tinylm.tokenizer import Tokenizer
 
 FILTERS = ("gopher", "c4", "fineweb")
@@ -91,6 +92,25 @@ def test_the_tokens_are_the_kept_documents_in_their_order(corpus: Path, tmp_path
     counts = {step["step"]: step["removed"] for step in manifest["steps"] if step["removed"]}
     assert counts == {"exact_duplicates": 3, "near_duplicates": 2}
     assert manifest["output"]["train"]["bytes"] == sum(len(text.encode()) for text in train)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_the_tokenizer_learns_from_every_nth_kept_document_of_a_large_text(tmp_path: Path) -> None:
+    texts = [f"{'ab' if index % 4 else 'xy'} " * 1000 + str(index) for index in range(1000)]
+    texts.insert(500, texts[0])  # a duplicate, which is not kept
+    corpus, heldout = tmp_path / "corpus.jsonl", tmp_path / "heldout.txt"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    heldout.write_text("a held-out text", encoding="utf-8")
+    tokenizer = BpeTokenizer(kind="bpe", vocab_size=260, max_megabytes=1)
+    without = (*FILTERS, "near_duplicates")
+    settings = settings_for(corpus, heldout=(str(heldout),), without=without, tokenizer=tokenizer)
+    reporter = CollectingReporter()
+    manifest = Preparation(settings, tmp_path / "out", reporter).run(1, lambda report: None)
+    assert manifest["output"]["train"]["documents"] == 1000
+    assert "the tokenizer learns from 1/4 of the text (tokenizer.max_megabytes 1)" in reporter.warnings
+    trained = Tokenizer.load(tmp_path / "out" / "tokenizer.json")
+    assert len(trained.encode("xy")) == 1, "documents with xy must be used"
+    assert len(trained.encode("ab")) == 2, "documents with ab must not be used"
 
 
 KILLED_IN = {

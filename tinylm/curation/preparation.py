@@ -41,6 +41,7 @@ from tinylm.reporting import SILENT, Advance, Reporter
 from tinylm.text.cutting import cut_into_pieces
 from tinylm.text.sources import Piece, describe
 from tinylm.tokenizer import Tokenizer
+from tinylm.tokenizer.training import sampling_interval
 
 MANIFEST, REMOVED, TOKENIZER = "manifest.json", "removed.jsonl", "tokenizer.json"
 _LOCK, _WORK = ".lock", "work"
@@ -195,7 +196,8 @@ class Preparation:
     def prepare_tokenizer(self, documents: Documents, report: Report) -> None:
         """Load the tokenizer, or train it on the kept training documents."""
         if not (self.tokens / TOKENIZER).exists():
-            text = _KeptText(self, documents, report)
+            every = sampling_interval(self.settings.tokenizer, report.train.bytes, self.reporter.warn)
+            text = _KeptText(self, documents, report, every)
             load_or_train_tokenizer(text, self.settings.tokenizer, self.reporter).save(self.tokens / TOKENIZER)
 
     def _decisions(self) -> Decisions:
@@ -304,18 +306,22 @@ def report_dict(report: Report) -> dict[str, Any]:
 
 
 class _KeptText:
-    """The kept documents as a text on which a tokenizer can be trained."""
+    """Every `every`-th kept document, as a text on which a tokenizer can be trained."""
 
-    def __init__(self, preparation: Preparation, documents: Documents, report: Report) -> None:
-        self._preparation, self._documents, self._report = preparation, documents, report
-        self.fingerprint = report.digest
-        self.train_bytes = report.train.bytes
+    def __init__(self, preparation: Preparation, documents: Documents, report: Report, every: int) -> None:
+        self._preparation, self._documents, self._every = preparation, documents, every
+        self.fingerprint = digest(report.digest, str(every))
+        self.train_bytes = report.train.bytes // every
 
     def pieces(self, part: str) -> Iterator[Piece]:
-        settings = self._preparation.settings
+        settings, kept = self._preparation.settings, 0
         for block, codes in self._preparation.decided(self._documents):
-            check_unchanged(block, self._preparation.analyses)
-            for index in np.flatnonzero(codes == PARTS[part]).tolist():
+            indices = np.flatnonzero(codes == PARTS[part])
+            sample = indices[-kept % self._every :: self._every]
+            kept += len(indices)
+            if len(sample):
+                check_unchanged(block, self._preparation.analyses)
+            for index in sample.tolist():
                 for number, text in enumerate(cut_into_pieces([final_text(block.texts[index], settings, block.part)])):
                     yield Piece(text, number == 0)
 

@@ -99,11 +99,19 @@ def check_size(tokenizer: Tokenizer, section: TokenizerSection, warn: Warn) -> N
     warn(f"the text is too small for tokenizer.vocab_size {requested}: the vocabulary has only {actual} tokens")
 
 
-def _subsample(section: VocabularyTokenizer, pieces: Iterable[Piece], n_bytes: int | None, warn: Warn) -> Iterator[Piece]:
-    """Yield every n-th piece, so that about `max_megabytes` of the text are used. `n_bytes` is the size of the whole text."""
-    every = math.ceil((n_bytes or 0) / (section.max_megabytes * 1_000_000)) or 1
+def sampling_interval(section: TokenizerSection | VocabularyTokenizer, n_bytes: int, warn: Warn) -> int:
+    """Return n if the tokenizer should learn from 1/n of a text of `n_bytes` bytes, so that it uses about `max_megabytes`."""
+    if not isinstance(section, VocabularyTokenizer):
+        return 1
+    every = math.ceil(n_bytes / (section.max_megabytes * 1_000_000)) or 1
     if every > 1:
         warn(f"the tokenizer learns from 1/{every} of the text (tokenizer.max_megabytes {section.max_megabytes})")
+    return every
+
+
+def _subsample(section: VocabularyTokenizer, pieces: Iterable[Piece], n_bytes: int | None, warn: Warn) -> Iterator[Piece]:
+    """Yield every n-th piece, so that about `max_megabytes` of the text are used. `n_bytes` is the size of the whole text."""
+    every = sampling_interval(section, n_bytes or 0, warn)
     for piece in itertools.islice(pieces, 0, None, every):
         yield Piece(piece.text, True) if every > 1 else piece  # start a new document, because the previous piece was skipped
 
