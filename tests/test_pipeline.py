@@ -226,7 +226,7 @@ def test_resuming_keeps_an_automatic_precision(text: Path, folder: Path, monkeyp
     for gain in (9.0, 0.1):  # bf16 is fast at first and slow when the run is resumed
         monkeypatch.setattr("tinylm.training.precision.bf16_speedup", lambda device, gain=gain: gain)
         seconds = {"fp32": 1.0, "bf16": 1 / gain}
-        monkeypatch.setattr(Trial, "seconds", lambda trial, seconds=seconds, **options: seconds[trial.settings.precision.name])
+        monkeypatch.setattr(Trial, "run", lambda trial, seconds=seconds: seconds[trial.settings.precision.name])
         result = train(recipe, folder, device="cpu", resume=True, stop_after=0.0)
         assert result.precision == "bf16"
     result = train(recipe, folder, device="cpu", resume=True, allow_change=["training.precision"])
