@@ -310,7 +310,7 @@ class _KeptText:
 
     def __init__(self, preparation: Preparation, documents: Documents, report: Report, every: int) -> None:
         self._preparation, self._documents, self._every = preparation, documents, every
-        self.fingerprint = digest(report.digest, str(every))
+        self.fingerprint = report.digest
         self.train_bytes = report.train.bytes // every
 
     def pieces(self, part: str) -> Iterator[Piece]:

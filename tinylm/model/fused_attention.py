@@ -147,7 +147,7 @@ _LIBRARY: Any = library.Library("tinylm", "FRAGMENT")  # type: ignore[no-untyped
 def _operator(name: str, function: Callable[..., Any], shapes: Callable[..., Any]) -> Any:
     """Register `function` as the CPU operator `tinylm::name`, which `torch.compile` does not look into, and return the operator.
 
-    The first call of an operator that `torch.library.custom_op` creates imports `torch._dynamo`, which takes a second.
+    The first call of an operator that torch's `custom_op` creates imports `torch._dynamo`, which takes a second.
     """
     _LIBRARY.define(name + library.infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, function, "CPU")

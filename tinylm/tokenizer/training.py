@@ -51,9 +51,7 @@ def train(section: TokenizerSection, pieces: Iterable[Piece], warn: Warn, n_byte
     """
     if isinstance(section, FileTokenizer):
         return Tokenizer.load(section.path)
-    if isinstance(section, VocabularyTokenizer):
-        pieces = _subsample(section, pieces, n_bytes, warn)
-    tokenizer = learn(section, count(section, pieces, warn))
+    tokenizer = learn(section, count(section, _subsample(section, pieces, n_bytes, warn), warn))
     check_size(tokenizer, section, warn)
     return tokenizer
 
@@ -99,7 +97,7 @@ def check_size(tokenizer: Tokenizer, section: TokenizerSection, warn: Warn) -> N
     warn(f"the text is too small for tokenizer.vocab_size {requested}: the vocabulary has only {actual} tokens")
 
 
-def sampling_interval(section: TokenizerSection | VocabularyTokenizer, n_bytes: int, warn: Warn) -> int:
+def sampling_interval(section: TokenizerSection, n_bytes: int, warn: Warn) -> int:
     """Return n if the tokenizer should learn from 1/n of a text of `n_bytes` bytes, so that it uses about `max_megabytes`."""
     if not isinstance(section, VocabularyTokenizer):
         return 1
@@ -109,7 +107,7 @@ def sampling_interval(section: TokenizerSection | VocabularyTokenizer, n_bytes: 
     return every
 
 
-def _subsample(section: VocabularyTokenizer, pieces: Iterable[Piece], n_bytes: int | None, warn: Warn) -> Iterator[Piece]:
+def _subsample(section: TokenizerSection, pieces: Iterable[Piece], n_bytes: int | None, warn: Warn) -> Iterator[Piece]:
     """Yield every n-th piece, so that about `max_megabytes` of the text are used. `n_bytes` is the size of the whole text."""
     every = sampling_interval(section, n_bytes or 0, warn)
     for piece in itertools.islice(pieces, 0, None, every):
