@@ -131,7 +131,7 @@ def test_compiled_members_generate_the_same_text(tokenizer: Tokenizer) -> None:
 
 def test_a_single_network_is_decoded_without_averaging(tokenizer: Tokenizer) -> None:
     network = _transformer(tokenizer, 1)
-    decoder = make_ensemble_decoder([network], weights=None, compiled=False, steps=10, reporter=SILENT)
+    decoder = make_ensemble_decoder([network], weights="fp32", compiled=False, steps=10, reporter=SILENT)
     assert type(decoder) is type(as_decoder(network))
     options = SamplingOptions(max_new_tokens=20, temperature=1.0)
     assert generate(decoder, tokenizer, "the", options)[0].text == generate(network, tokenizer, "the", options)[0].text

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from tinylm.errors import InputError
 from tinylm.model import compiled
-from tinylm.model.decoder import Decoder, should_compile_for_later
-from tinylm.model.packed import WEIGHT_KINDS, WeightKind
+from tinylm.model.compiled import CompiledStep
+from tinylm.model.decoder import Decoder, make_decoder, should_compile_for_later
+from tinylm.model.packed import WEIGHT_KINDS, WeightKind, round_to_bfloat16
 from tinylm.model.step_records import DECODING_STEP
 from tinylm.model.transformer import Transformer
 from tinylm.native import NativeFunction
 from tinylm.recipe.support import unsupported
+from tinylm.reporting import SILENT
 
 SETTINGS: list[dict[str, Any]] = [
     {},
@@ -150,6 +152,32 @@ def test_packed_decoding_rounds_only_the_weights(preset: str, weights: WeightKin
         plain.weight.copy_(packed.weight[:, : plain.in_features].float() * scale)
     expected = _after_five_steps(Decoder(dequantized, compiled=True), tokens, [0, 1])
     torch.testing.assert_close(_after_five_steps(decoder, tokens, [0, 1]), expected, atol=3e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@torch.inference_mode()
+def test_by_default_weights_are_rounded_to_bf16_with_and_without_compilation(preset: str) -> None:
+    network, tokens = model(preset), ids(2, 12)
+    default, uncompiled = (
+        make_decoder(network, weights=None, compiled=compiled, steps=None, reporter=SILENT) for compiled in (True, False)
+    )
+    assert isinstance(default, Decoder)
+    assert isinstance(uncompiled, Decoder)
+    assert default.uses_numba
+    assert not uncompiled.uses_numba
+    logits = _after_five_steps(default, tokens, [0, 1])
+    assert torch.equal(logits, _after_five_steps(Decoder(network, weights="bf16", compiled=True), tokens, [0, 1]))
+    torch.testing.assert_close(_after_five_steps(uncompiled, tokens, [0, 1]), logits, atol=3e-5, rtol=1e-5)
+    exact = make_decoder(network, weights="fp32", compiled=True, steps=None, reporter=SILENT)
+    assert isinstance(exact, Decoder)
+    assert not torch.equal(_after_five_steps(exact, tokens, [0, 1]), logits)
+
+
+@torch.inference_mode()
+def test_weights_that_bf16_represents_exactly_take_two_bytes() -> None:
+    network = model("modern")
+    assert set(CompiledStep(network)._matrices["weight_bytes"]) == {0, 4}
+    assert set(CompiledStep(round_to_bfloat16(network))._matrices["weight_bytes"]) == {0, 2}
 
 
 def _linear_layers(network: Transformer) -> list[Any]:

@@ -170,12 +170,12 @@ def test_newton_schulz_uses_the_configured_dtype_and_auto_uses_bfloat16_if_the_d
 @pytest.mark.parametrize(
     ("device", "has_bf16_units", "keys", "expected"),
     [
-        ("cpu", False, {}, "zolotarev"),
+        ("cpu", False, {}, "rational"),
         ("cpu", True, {}, "newton_schulz"),
         ("cuda", False, {}, "newton_schulz"),
         ("cpu", False, {"newton_schulz_steps": 5}, "newton_schulz"),
         ("cpu", False, {"newton_schulz_dtype": "fp32"}, "newton_schulz"),
-        ("cpu", True, {"orthogonalization": "zolotarev"}, "zolotarev"),
+        ("cpu", True, {"orthogonalization": "rational"}, "rational"),
     ],
 )
 def test_auto_orthogonalization_depends_on_the_device_and_on_newton_schulz_keys(

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from tinylm.recipe import Recipe, changes, load, loads
 from tinylm.recipe.presets import DECODER_PRESETS
-from tinylm.recipe.schema import flattened
+from tinylm.recipe.schema import MuonOptimizer, flattened
 
 BASE = "data: {train: my.txt}\ntraining: {steps: 10}\n"
 
@@ -215,7 +215,7 @@ SETTINGS: dict[str, list[str]] = {
     "MuonOptimizer.lr": ["training.optimizer.lr=0.03"],
     "MuonOptimizer.momentum": ["training.optimizer.momentum=0.9"],
     "MuonOptimizer.momentum_warmup": ["training.optimizer.momentum_warmup=30"],
-    "MuonOptimizer.orthogonalization": ["training.optimizer.orthogonalization=zolotarev"],
+    "MuonOptimizer.orthogonalization": ["training.optimizer.orthogonalization=rational"],
     "MuonOptimizer.newton_schulz": ["training.optimizer.newton_schulz=classic"],
     "MuonOptimizer.newton_schulz_steps": ["training.optimizer.newton_schulz_steps=4"],
     "MuonOptimizer.newton_schulz_dtype": ["training.optimizer.newton_schulz_dtype=fp32"],
@@ -537,3 +537,7 @@ def test_the_feed_forward_width_is_rounded_to_a_multiple_of_eight() -> None:
         for n_embd, multiple in [(384, 4), (768, 8 / 3), (100, 4), (36, 2.7), (4, 0.5)]
     }
     assert widths == {(384, 4): 1536, (768, 8 / 3): 2048, (100, 4): 400, (36, 2.7): 96, (4, 0.5): 8}
+
+
+def test_the_former_name_of_the_rational_function_is_accepted() -> None:
+    assert MuonOptimizer.model_validate({"name": "muon", "orthogonalization": "zolotarev"}).orthogonalization == "rational"

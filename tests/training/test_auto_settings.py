@@ -192,7 +192,7 @@ def test_a_resumed_run_keeps_its_orthogonalization(text_file: Path, tmp_path: Pa
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_bf16_units=has_bf16_units: has_bf16_units)
         train(recipe, tmp_path / "run", device="cpu", resume=resume, stop_after=0.0)
     assert Run.open(tmp_path / "run").recipe.training.optimizer.newton_schulz_dtype == "fp32"
-    assert Run.open(tmp_path / "run").recipe.training.optimizer.orthogonalization == "zolotarev"
+    assert Run.open(tmp_path / "run").recipe.training.optimizer.orthogonalization == "rational"
     assert load(tmp_path / "run" / "recipe.yaml", check_files=False).training.optimizer.newton_schulz_dtype == "fp32"
     assert groups.resolve_muon(recipe.training.optimizer, torch.device("cpu")).newton_schulz_dtype == "bf16"
 

@@ -55,8 +55,8 @@ _EVALUATION_WIDTHS = 32
 """Upper bound on the number of float32 values per token and channel that an evaluation stores at a time: the residual stream, a
 wide feed-forward layer, and queries, keys and values."""
 
-ZOLOTAREV_BATCH = 6
-"""Maximum number of matrices that Muon orthogonalizes together with a Zolotarev function. Larger batches are not faster."""
+_RATIONAL_BATCH_ELEMENTS = 1 << 20
+"""Muon orthogonalizes this many elements of Gram matrices together with a rational function. They fit in a core's cache."""
 LAPACK_ROWS = 48
 """Larger matrices are inverted in blocks. LAPACK's small factorizations are far slower than matrix products."""
 MMAP_THRESHOLD = 32 << 20
@@ -341,14 +341,17 @@ def muon_bytes(shapes: Counter[tuple[int, int]], optimizer: MuonOptimizer) -> in
     They consist of the float32 updates before orthogonalization, the updates that are already orthogonalized, and the temporaries
     of the Newton-Schulz iteration. The iteration processes all matrices with the same shape as one stack. Its temporaries are the
     stack, the matrices before and after an iteration, and two Gram matrices. In bf16, the results are cast to float32 when the
-    weights are updated. With a Zolotarev function, each matrix of a batch needs two Gram matrices, and memory to invert them.
+    weights are updated. A rational function needs two (n, n) matrices for each matrix of a batch, and memory to invert one of them.
+    The weights are updated at once, unless weight decay is cautious.
     """
     elements = sum(rows * columns * count for (rows, columns), count in shapes.items())
-    if optimizer.orthogonalization == "zolotarev":
+    if optimizer.orthogonalization == "rational":
         counts: Counter[int] = Counter()
         for shape, count in shapes.items():
             counts[min(shape)] += count
-        return 8 * elements + max((8 * n * n + _inverse_bytes(n)) * min(count, ZOLOTAREV_BATCH) for n, count in counts.items())
+        results = 4 * elements if optimizer.cautious_weight_decay else 0
+        batches = ((8 * n * n + _inverse_bytes(n)) * min(count, rational_batch(n)) for n, count in counts.items())
+        return 4 * elements + results + max(batches)
     bf16 = optimizer.computes_in_bf16
     e = 2 if bf16 else 4
     peak = done = 0
@@ -360,12 +363,17 @@ def muon_bytes(shapes: Counter[tuple[int, int]], optimizer: MuonOptimizer) -> in
     return 4 * elements + max(peak, done + (4 * elements if bf16 else 0))
 
 
+def rational_batch(n: int) -> int:
+    """Return the maximum number of (n, n) matrices that Muon processes together with a rational function."""
+    return max(1, _RATIONAL_BATCH_ELEMENTS // (n * n))
+
+
 def _inverse_bytes(n: int) -> int:
-    """Return the peak bytes to invert two (n, n) matrices by blocks (see `tinylm.optim.zolotarev`)."""
+    """Return the peak bytes to invert an (n, n) matrix by blocks (see `tinylm.optim.rational`), including those of its blocks."""
     if n <= LAPACK_ROWS:
-        return 2 * 16 * n * n  # each has factors, their inverse, an identity and a copy
+        return 8 * n * n  # the Cholesky factor and the inverse
     half = n // 2
-    product = 2 * 4 * half * (n - half)
+    product = 4 * half * (n - half)
     return max(_inverse_bytes(half), product + max(_inverse_bytes(n - half), product))
 
 

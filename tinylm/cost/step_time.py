@@ -53,9 +53,9 @@ the gradient (28). Clipping reads the gradient to compute the norm, then reads a
 _NEWTON_SCHULZ_BYTES = 72
 """Bytes per weight that a Muon step with Newton-Schulz iterations moves: 28 for the momentum and the update, 16 for stacking and
 the norm, 16 for the iteration and 12 for the weight."""
-_ZOLOTAREV_BYTES = 44
-"""Bytes per weight that a Muon step with a Zolotarev function moves: 28 for the momentum and the update, 4 for the Gram matrix and
-12 for the product that updates the weight."""
+_RATIONAL_BYTES = 44
+"""Bytes per weight that a Muon step with a rational function moves: 28 for the momentum and the update, 4 for the Gram matrix and 12
+for the product that updates the weight."""
 
 
 @dataclass(frozen=True)
@@ -354,7 +354,7 @@ def _muon_bytes(optimizer: Optimizer) -> int:
     """Return how many more bytes per matrix element Muon moves than AdamW's update."""
     if not isinstance(optimizer, MuonOptimizer):
         return 0
-    return (_ZOLOTAREV_BYTES if optimizer.orthogonalization == "zolotarev" else _NEWTON_SCHULZ_BYTES) - 28
+    return (_RATIONAL_BYTES if optimizer.orthogonalization == "rational" else _NEWTON_SCHULZ_BYTES) - 28
 
 
 def _muon_flops(shapes: Counter[tuple[int, int]], optimizer: Optimizer) -> int:

@@ -60,12 +60,17 @@ def unsupported(network: Transformer) -> str | None:
     return properties[0] if properties else None
 
 
+def is_supported(network: Transformer) -> bool:
+    """Whether a network can be decoded with compiled code on this machine."""
+    return network.embedding.weight.device.type == "cpu" and unsupported(network) is None and has_fused_multiply_add()
+
+
 def is_worthwhile(network: Transformer, steps: int | None, *, once_compiled: bool = False) -> bool:
     """Whether compiled steps are supported and save more time than it takes to load them, and to compile them if necessary.
 
     `steps=None` means unlimited steps. With `once_compiled`, return whether they will save time after they have been compiled.
     """
-    if network.embedding.weight.device.type != "cpu" or unsupported(network) is not None or not has_fused_multiply_add():
+    if not is_supported(network):
         return False
     cost = _LOAD_SECONDS if once_compiled or DECODING_STEP.is_compiled() else _COMPILE_SECONDS
     weight_bytes = sum(4 * parameter.numel() for parameter in network.parameters())
@@ -82,7 +87,8 @@ def load_code(report: Callable[[str], None]) -> None:
 class CompiledStep:
     """Compiled versions of `Decoder.step` and `Decoder.prefill`, for packed and plain networks on the CPU.
 
-    The network's matrices are copied, and its embeddings are read in place. Raises `InputError` if the network or the CPU is not
+    The network's matrices are copied, and its embeddings are read in place. Matrices are copied to bfloat16 if that does not change
+    their values, because a step takes about as long as reading them from memory. Raises `InputError` if the network or the CPU is not
     supported.
     """
 
@@ -245,6 +251,9 @@ def _weight_and_scale(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     if isinstance(linear, Int8Linear):
         return linear.weight[:, : linear.inputs], linear.scale.float()
     weight = cast(Tensor, linear.weight).detach()
+    half = weight.bfloat16()
+    if torch.equal(half.to(weight.dtype), weight):
+        weight = half
     return weight.t() if isinstance(linear, TransposedLinear) else weight, None
 
 

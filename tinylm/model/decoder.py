@@ -25,13 +25,13 @@ from tinylm.host_copy import on_device
 from tinylm.model import compiled_recurrent
 from tinylm.model.base import Model
 from tinylm.model.cache import KVCache, LayerCache
-from tinylm.model.compiled import CompiledStep, is_worthwhile, load_code
+from tinylm.model.compiled import CompiledStep, is_supported, is_worthwhile, load_code
 from tinylm.model.full_pass import FullPassDecoder
 from tinylm.model.functions import at_least_float32, attention_without_cudnn
 from tinylm.model.graphs import CUDAGraphs, GraphBackend, GraphedSteps
 from tinylm.model.hooks import has_functions
 from tinylm.model.layers import Attention, Block, RMSNorm, shift_keys
-from tinylm.model.packed import TransposedLinear, WeightKind, pack
+from tinylm.model.packed import TransposedLinear, WeightKind, pack, round_to_bfloat16
 from tinylm.model.recurrent import Recurrent
 from tinylm.model.state import DecodingModel, DeviceSampler
 from tinylm.model.transformer import Transformer
@@ -66,7 +66,8 @@ def make_decoder(
 ) -> DecodingModel[Any]:
     """Make a decoder for about `steps` steps (None: unlimited).
 
-    `weights=None` means bf16 for a transformer on a GPU with bf16 units, else fp32. `compiled=None` compiles the step on a CPU, or
+    `weights=None` means bf16 for a transformer on a GPU with bf16 units. On a CPU, it means weights rounded to bf16 and computation in
+    float32 if the compiled step supports the network, whether or not it is used. Otherwise, it means fp32. `compiled=None` compiles the step on a CPU, or
     captures it in CUDA graphs on a GPU, if that saves time.
 
     Reports a note if decoding with a KV cache does not support a part of the network. Raises `InputError` if the network cannot
@@ -77,6 +78,8 @@ def make_decoder(
         weights = _default_weights(network)
         if weights != "fp32":
             reporter.note(f"decoding with {weights} weights, the default on this GPU (--weights fp32 uses fp32 instead)")
+        elif isinstance(network, Transformer) and is_supported(network) and not has_functions(network):
+            network = round_to_bfloat16(network)
     if isinstance(network, Recurrent) and weights == "fp32":
         if compiled is None:
             compiled = compiled_recurrent.is_worthwhile(network, steps) and not has_functions(network)

@@ -132,6 +132,15 @@ def pack(network: _ModelT, weights: WeightKind | None = "fp32") -> _ModelT:
     return packed
 
 
+def round_to_bfloat16(network: _ModelT) -> _ModelT:
+    """Return a copy of `network` for inference with the weights of linear layers rounded to bfloat16, but still stored in float32."""
+    rounded = pack(network, None)
+    for layer in rounded.modules():
+        if type(layer) is nn.Linear:
+            layer.weight = nn.Parameter(layer.weight.detach().bfloat16().float(), requires_grad=False)
+    return rounded
+
+
 def to_bfloat16(network: _ModelT) -> _ModelT:
     """Return a copy of `network` with all weights, and therefore also the residual stream and the KV cache, in bfloat16.
 

@@ -1,7 +1,7 @@
 """Muon: momentum with orthogonalized updates (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
-Updates are orthogonalized by Newton-Schulz iterations, for which matrices of the same shape are stacked, or by a Zolotarev
-function (`optim.zolotarev`). In float32, updates with Newton-Schulz iterations match `torch.optim.Muon` with
+Updates are orthogonalized by Newton-Schulz iterations, for which matrices of the same shape are stacked, or by a rational function
+(`optim.rational`). In float32, updates with Newton-Schulz iterations match `torch.optim.Muon` with
 `adjust_lr_fn="original"`. In distributed training, each matrix is orthogonalized by only one process.
 
 Legend: `N` matrices of the same shape, `R` rows, `C` columns.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from tinylm.optim import zolotarev
+from tinylm.optim import rational
 from tinylm.optim.without_dynamo import WithoutDynamo
 
 if TYPE_CHECKING:  # these imports take a second and are only needed in distributed training
@@ -89,7 +89,7 @@ class Muon(WithoutDynamo, torch.optim.Optimizer):
     approximately `lr`, multiplied by sqrt(R / C) for tall matrices. The momentum rises linearly from 0.85 to `momentum` over
     `momentum_warmup` steps. Weight decay is decoupled. `cautious` weight decay (Chen et al. 2025) applies only to weights that the
     update moves toward zero. `orthogonalization` selects Newton-Schulz iterations, configured by `steps` and `coefficients`, or a
-    Zolotarev function. Both compute in `dtype`; the Zolotarev function requires float32 or float64.
+    rational function. Both compute in `dtype`; the rational function requires float32 or float64.
 
     `mesh` contains the processes that train together. Parameters and gradients are either replicated or sharded
     (`fully_shard`).
@@ -108,7 +108,7 @@ class Muon(WithoutDynamo, torch.optim.Optimizer):
         lr: float = 0.02,
         momentum: float = 0.95,
         momentum_warmup: int = 0,
-        orthogonalization: Literal["newton_schulz", "zolotarev"] = "newton_schulz",
+        orthogonalization: Literal["newton_schulz", "rational"] = "newton_schulz",
         steps: int = 5,
         coefficients: str = "classic",
         weight_decay: float = 0.0,
@@ -142,8 +142,14 @@ class Muon(WithoutDynamo, torch.optim.Optimizer):
             return
         updates = self._nesterov(parameters, group)
         decay = group["lr"] * group["weight_decay"]
-        directions = self._directions(parameters, updates, group)
         weights = [_local(parameter) for parameter in parameters]
+        if self._can_subtract_at_once(group, weights):
+            blocks = [self._row_blocks(parameter) for parameter in parameters]
+            weights, matrices = (_split_all(tensors, blocks) for tensors in (weights, updates))
+            factors = [group["lr"] * _scale(matrix) for matrix in matrices]
+            rational.subtract_orthogonalized(weights, matrices, factors, 1 - decay)
+            return
+        directions = self._directions(parameters, updates, group)
         shrink: float | Tensor = 1 - decay
         if self.found_inf is not None:
             usable = 1 - self.found_inf.double()
@@ -156,6 +162,11 @@ class Muon(WithoutDynamo, torch.optim.Optimizer):
         elif decay:
             torch._foreach_mul_(weights, shrink)
         torch._foreach_add_(weights, directions, alpha=-group["lr"])
+
+    def _can_subtract_at_once(self, group: dict[str, Any], weights: Sequence[Tensor]) -> bool:
+        """Whether the last matrix product of the orthogonalization can also update the weights."""
+        is_plain = self._mesh is None and self.found_inf is None and not group["cautious"]
+        return is_plain and group["orthogonalization"] == "rational" and all(weight.dtype == self._dtype for weight in weights)
 
     def _nesterov(self, parameters: list[Tensor], group: dict[str, Any]) -> tuple[Tensor, ...]:
         """Update the momentum buffers and return the Nesterov update for each parameter or for this process's shard of it."""
@@ -213,9 +224,9 @@ class Muon(WithoutDynamo, torch.optim.Optimizer):
 
     def _orthogonalize_blocks(self, updates: Sequence[tuple[Tensor, tuple[int, ...]]], group: dict[str, Any]) -> list[Tensor]:
         """Orthogonalize and scale every row block in each update. `updates` contains pairs (update, rows per block)."""
-        matrices = [matrix for update, blocks in updates for matrix in torch.split(update, list(blocks))]
-        if group["orthogonalization"] == "zolotarev":
-            orthogonal = zolotarev.orthogonalize([matrix.to(self._dtype) for matrix in matrices])
+        matrices = _split_all(*zip(*updates, strict=True))
+        if group["orthogonalization"] == "rational":
+            orthogonal = rational.orthogonalize([matrix.to(self._dtype) for matrix in matrices])
             results = iter([result.mul_(_scale(result)) for result in orthogonal])
         else:
             results = iter(orthogonalize_all(matrices, group["steps"], group["coefficients"], self._dtype, scale=True))
@@ -224,6 +235,11 @@ class Muon(WithoutDynamo, torch.optim.Optimizer):
     def _row_blocks(self, parameter: Tensor) -> tuple[int, ...]:
         """Return the number of rows in each matrix that a parameter stacks."""
         return self._rows.get(parameter, (parameter.shape[0],))
+
+
+def _split_all(tensors: Sequence[Tensor], rows: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Split each tensor into matrices with the given numbers of rows."""
+    return [matrix for tensor, blocks in zip(tensors, rows, strict=True) for matrix in torch.split(tensor, list(blocks))]
 
 
 def _scale(matrix: Tensor) -> float:
