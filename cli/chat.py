@@ -82,8 +82,7 @@ def chat(
     set_threads(threads)
     options = SamplingOptions(max_new_tokens, temperature, top_k, top_p)
     reporter = ConsoleReporter(console, quiet=quiet)
-    network = opened.network(chosen, resolve(device))
-    decoder = make_decoder(network, weights=kind, compiled=compiled, steps=None, reporter=reporter)
+    decoder = make_decoder(opened.network(chosen, resolve(device)), weights=kind, compiled=compiled, steps=None, reporter=reporter)
     session = ChatSession(decoder, encoder, options, secrets.randbelow(2**31) if seed is None else seed, system)
     if not quiet and sys.stdin.isatty():
         console.print_line("Type a message. /help lists the commands, Ctrl-D quits.", "dim")

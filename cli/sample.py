@@ -208,8 +208,10 @@ def sample(
     batches = -(-len(inputs) * max(count, best_of or 0) // DEFAULT_ROWS)
     steps = None if interactive else batches * max_new_tokens
     networks = [member.run.network(member.checkpoint, target) for member in opened.members]
+    compile_later = compiled is None and any(should_compile_for_later(network, steps) for network in networks)
     decoder = make_ensemble_decoder(networks, weights=weight_kind, compiled=compiled, steps=steps, reporter=reporter)
-    if compiled is None and any(should_compile_for_later(network, steps) for network in networks):
+    del networks  # the decoder has its own copy of the weights
+    if compile_later:
         ctx.call_on_close(partial(compile_in_background, reporter))
     _warn_about_unknown_characters(tokenizer, inputs, reporter)
     generation = _Generation(decoder, tokenizer, template, count)

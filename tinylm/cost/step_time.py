@@ -54,8 +54,8 @@ _NEWTON_SCHULZ_BYTES = 72
 """Bytes per weight that a Muon step with Newton-Schulz iterations moves: 28 for the momentum and the update, 16 for stacking and
 the norm, 16 for the iteration and 12 for the weight."""
 _RATIONAL_BYTES = 44
-"""Bytes per weight that a Muon step with a rational function moves: 28 for the momentum and the update, 4 for the Gram matrix and 12
-for the product that updates the weight."""
+"""Bytes per weight that a Muon step with a rational function moves: 28 for the momentum and the update, 4 for the Gram matrix and
+12 for the product that updates the weight."""
 
 
 @dataclass(frozen=True)

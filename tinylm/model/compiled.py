@@ -87,9 +87,9 @@ def load_code(report: Callable[[str], None]) -> None:
 class CompiledStep:
     """Compiled versions of `Decoder.step` and `Decoder.prefill`, for packed and plain networks on the CPU.
 
-    The network's matrices are copied, and its embeddings are read in place. Matrices are copied to bfloat16 if that does not change
-    their values, because a step takes about as long as reading them from memory. Raises `InputError` if the network or the CPU is not
-    supported.
+    The network's matrices are copied, and its embeddings are read in place. Matrices are copied to bfloat16 if that does not
+    change their values, because a step takes about as long as reading them from memory. Raises `InputError` if the network or the
+    CPU is not supported.
     """
 
     def __init__(self, network: Transformer) -> None:

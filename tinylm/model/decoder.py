@@ -66,9 +66,9 @@ def make_decoder(
 ) -> DecodingModel[Any]:
     """Make a decoder for about `steps` steps (None: unlimited).
 
-    `weights=None` means bf16 for a transformer on a GPU with bf16 units. On a CPU, it means weights rounded to bf16 and computation in
-    float32 if the compiled step supports the network, whether or not it is used. Otherwise, it means fp32. `compiled=None` compiles the step on a CPU, or
-    captures it in CUDA graphs on a GPU, if that saves time.
+    `weights=None` means bf16 for a transformer on a GPU with bf16 units. On a CPU, if the compiled step supports the network, it
+    means weights rounded to bf16 and computation in float32, whether or not the step is compiled. Otherwise, it means fp32.
+    `compiled=None` compiles the step on a CPU, or captures it in CUDA graphs on a GPU, if that saves time.
 
     Reports a note if decoding with a KV cache does not support a part of the network. Raises `InputError` if the network cannot
     generate text, or if it does not support `weights` or `compiled`. On a transformer, both options also require that no functions

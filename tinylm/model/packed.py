@@ -133,7 +133,7 @@ def pack(network: _ModelT, weights: WeightKind | None = "fp32") -> _ModelT:
 
 
 def round_to_bfloat16(network: _ModelT) -> _ModelT:
-    """Return a copy of `network` for inference with the weights of linear layers rounded to bfloat16, but still stored in float32."""
+    """Return a copy of `network` for inference whose linear layers have weights that are rounded to bfloat16, stored in float32."""
     rounded = pack(network, None)
     for layer in rounded.modules():
         if type(layer) is nn.Linear:

@@ -403,8 +403,8 @@ class MuonOptimizer(Section):
     """Number of steps over which the momentum rises from 0.85 to the value of `momentum`."""
     orthogonalization: Annotated[Literal["auto", "newton_schulz", "rational"], BeforeValidator(_rename_orthogonalization)] = "auto"
     """How updates are orthogonalized: by Newton-Schulz iterations, or by a rational function of the singular values, which always
-    computes in fp32 and takes a third of the time on CPUs without bf16 matrix units. There, `auto` means `rational` if the keys that
-    start with `newton_schulz` keep their defaults. Otherwise, it means `newton_schulz`."""
+    computes in fp32 and takes a third of the time on CPUs without bf16 matrix units. There, `auto` means `rational` if the keys
+    that start with `newton_schulz` keep their defaults. Otherwise, it means `newton_schulz`."""
     newton_schulz: Literal["polar_express", "classic"] = "polar_express"
     """Coefficients of the Newton-Schulz iteration: `polar_express` (Amsel et al. 2025) or `classic` (Jordan et al. 2024)."""
     newton_schulz_steps: SmallCount = 3
