@@ -65,7 +65,7 @@ def test_training_on_a_segment_applies_the_published_update(cbow: bool) -> None:
     ids = np.array([0, 1, 2, -1, 3, 1, 4, -1, 2], np.int32)
     memory = Workspaces(V, D, 2, 16)
     train = kernels.cbow if cbow else kernels.skip_gram
-    workspace = kernels.Workspace(*memory.of_segment(0))
+    workspace = kernels.Workspace(*(array[0] for array in memory.arrays()))
     loss, terms, used_inputs, used_outputs = train(ids, np.uint64(1), inputs, outputs, constants(1), workspace, np.float32(0.1))
     expected_inputs, expected_outputs = reference_update(ids.tolist(), inputs, outputs, 0.1, cbow)
     for table, expected, rows, changes, used in (
@@ -90,7 +90,7 @@ def test_consecutive_positions_share_negatives_only_in_cbow(cbow: bool, sharing:
         keep=np.ones(40, np.float32), accept=np.ones(40, np.float32), alias=np.arange(40, dtype=np.int32), negatives=3
     )
     train = kernels.cbow if cbow else kernels.skip_gram
-    workspace = kernels.Workspace(*memory.of_segment(0))
+    workspace = kernels.Workspace(*(array[0] for array in memory.arrays()))
     train(np.arange(16, dtype=np.int32), np.uint64(1), inputs, outputs, uniform, workspace, np.float32(0))
     drawn = memory.output_rows[0][memory.negatives[0]]  # a negative that equals the position's own word is marked by -1
     equal = (drawn[1:] == drawn[:-1]) | (memory.negatives[0][1:] < 0) | (memory.negatives[0][:-1] < 0)

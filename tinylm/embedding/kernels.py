@@ -307,6 +307,71 @@ def cbow(ids: Any, seed: Any, inputs: Any, outputs: Any, constants: Any, work: A
 
 
 @_compiled
+def _of_segment(work: Any, segment: int) -> Any:
+    """Return a segment's workspace. The arrays of `work` have one row per segment."""
+    return Workspace(
+        work.kept[segment],
+        work.negatives[segment],
+        work.input_slots[segment],
+        work.output_slots[segment],
+        work.inputs[segment],
+        work.outputs[segment],
+        work.input_rows[segment],
+        work.output_rows[segment],
+        work.input_uses[segment],
+        work.output_uses[segment],
+    )
+
+
+@_compiled
+def skip_gram_segments(
+    ids: Any,
+    seeds: Any,
+    inputs: Any,
+    outputs: Any,
+    constants: Any,
+    work: Any,
+    lr: Any,
+    losses: Any,
+    counts: Any,
+    part: int,
+    parts: int,
+) -> None:
+    """Call `skip_gram` for the segments `part`, `part + parts`, ... of a step, and store its results.
+
+    `ids` are those of the whole step, and `seeds` contains one number per segment. `losses` is (segments,), and `counts`, (3,
+    segments), contains the numbers of pairs and of input and output slots in use.
+    """
+    P = work.kept.shape[1]
+    for segment in range(part, len(seeds), parts):
+        own_ids, own_work = ids[segment * P : (segment + 1) * P], _of_segment(work, segment)
+        loss, pairs, used_inputs, used_outputs = skip_gram(own_ids, seeds[segment], inputs, outputs, constants, own_work, lr)
+        losses[segment], counts[0, segment], counts[1, segment], counts[2, segment] = loss, pairs, used_inputs, used_outputs
+
+
+@_compiled
+def cbow_segments(
+    ids: Any,
+    seeds: Any,
+    inputs: Any,
+    outputs: Any,
+    constants: Any,
+    work: Any,
+    lr: Any,
+    losses: Any,
+    counts: Any,
+    part: int,
+    parts: int,
+) -> None:
+    """Call `cbow` like `skip_gram_segments`."""
+    P = work.kept.shape[1]
+    for segment in range(part, len(seeds), parts):
+        own_ids, own_work = ids[segment * P : (segment + 1) * P], _of_segment(work, segment)
+        loss, positions, used_inputs, used_outputs = cbow(own_ids, seeds[segment], inputs, outputs, constants, own_work, lr)
+        losses[segment], counts[0, segment], counts[1, segment], counts[2, segment] = loss, positions, used_inputs, used_outputs
+
+
+@_compiled
 def merge_changes(
     table: Any,
     rows: Any,
@@ -328,30 +393,29 @@ def merge_changes(
     averaging them would learn too slowly. If each update moves a row by the fraction `lr / 2` toward its optimum, n updates move it
     by 1 - exp(-n lr / 2). The sum of the changes is scaled to match what sequential updates would have done.
     """
+    own = np.empty((used.sum(), 2), np.int32)
+    count = 0
     for segment in range(len(used)):
         for slot in range(used[segment]):
             row = rows[segment, slot]
             if row % parts == part:
+                own[count] = segment, slot
+                count += 1
                 segments_per_row[row] += 1
                 uses_per_row[row] += uses[segment, slot]
-    for segment in range(len(used)):
-        for slot in range(used[segment]):
-            row = rows[segment, slot]
-            if row % parts != part:
-                continue
-            scale = np.float32(1)
-            decay = _HALF * lr * np.float32(uses_per_row[row])
-            if segments_per_row[row] > 1 and decay > np.float32(1e-4):
-                segments = np.float32(segments_per_row[row])
-                scale = (np.float32(1) - np.exp(-decay)) / (segments * (np.float32(1) - np.exp(-decay / segments)))
-            for d in range(table.shape[1]):
-                table[row, d] += scale * changes[segment, slot, d]
-    for segment in range(len(used)):
-        for slot in range(used[segment]):
-            row = rows[segment, slot]
-            if row % parts == part:
-                segments_per_row[row] = 0
-                uses_per_row[row] = 0
+    for segment, slot in own[:count]:
+        row = rows[segment, slot]
+        scale = np.float32(1)
+        decay = _HALF * lr * np.float32(uses_per_row[row])
+        if segments_per_row[row] > 1 and decay > np.float32(1e-4):
+            segments = np.float32(segments_per_row[row])
+            scale = (np.float32(1) - np.exp(-decay)) / (segments * (np.float32(1) - np.exp(-decay / segments)))
+        for d in range(table.shape[1]):
+            table[row, d] += scale * changes[segment, slot, d]
+    for segment, slot in own[:count]:
+        row = rows[segment, slot]
+        segments_per_row[row] = 0
+        uses_per_row[row] = 0
 
 
 @_compiled

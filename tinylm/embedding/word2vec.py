@@ -8,7 +8,7 @@ so no other state is needed to resume training.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +50,7 @@ class Word2Vec:
         self._kernels = import_kernels()
         self._text, self._method, self._seed = text, method, seed
         self._threads = min(threads, SEGMENTS)
-        self._pool = ThreadPoolExecutor(self._threads)
+        self._pool = ThreadPoolExecutor(max(1, self._threads - 1))  # the calling thread also works
         names, width = len(text.vocabulary.names), method.dimensions
         generator = np.random.Generator(np.random.PCG64(seed))
         self.inputs = ((generator.random((names, width), dtype=np.float32) - 0.5) / width).astype(np.float32)
@@ -58,8 +58,9 @@ class Word2Vec:
         self._constants = self._training_constants(text.vocabulary.counts)
         self._segment_length = SEGMENT_LENGTHS[method.name]
         self._workspaces = Workspaces(names, width, method.negatives, self._segment_length)
-        self._segment_workspaces = [self._kernels.Workspace(*self._workspaces.of_segment(segment)) for segment in range(SEGMENTS)]
-        self._train_segment = self._kernels.skip_gram if isinstance(method, SkipGramMethod) else self._kernels.cbow
+        self._work = self._kernels.Workspace(*self._workspaces.arrays())
+        is_skip_gram = isinstance(method, SkipGramMethod)
+        self._train_segments = self._kernels.skip_gram_segments if is_skip_gram else self._kernels.cbow_segments
         self._train(np.empty(0, np.int32), 0, np.float32(0))  # compile now, so that compilation does not count as training time
         self.steps_per_epoch = -(-text.length // (SEGMENTS * self._segment_length))
         self.steps = self.steps_per_epoch * method.epochs
@@ -95,30 +96,33 @@ class Word2Vec:
 
     def _train(self, ids: np.ndarray, number: int, lr: np.float32) -> tuple[float, int]:
         """Train on the ids of one step. Return the summed loss and the number of terms in the sum."""
-        workspaces, threads, length = self._workspaces, self._threads, self._segment_length
+        workspaces, threads = self._workspaces, self._threads
         seeds = np.random.SeedSequence([self._seed, number]).generate_state(SEGMENTS, np.uint64)
+        losses, counts = np.empty(SEGMENTS), np.empty((3, SEGMENTS), np.int64)
 
-        def train_segment(segment: int) -> tuple[float, int, int, int]:
-            segment_ids = ids[segment * length : (segment + 1) * length]
-            result: tuple[float, int, int, int] = self._train_segment(
-                segment_ids, seeds[segment], self.inputs, self.outputs, self._constants, self._segment_workspaces[segment], lr
-            )
-            return result
+        def train_part(part: int) -> None:
+            step = ids, seeds, self.inputs, self.outputs, self._constants, self._work, lr, losses, counts
+            self._train_segments(*step, part, threads)
 
-        results = list(self._pool.map(train_segment, range(SEGMENTS)))
-        input_counts, output_counts = (np.array([result[index] for result in results]) for index in (2, 3))
+        self._run_in_threads(train_part)
         tables = (
-            (self.inputs, workspaces.input_rows, workspaces.inputs, workspaces.input_uses, input_counts),
-            (self.outputs, workspaces.output_rows, workspaces.outputs, workspaces.output_uses, output_counts),
+            (self.inputs, workspaces.input_rows, workspaces.inputs, workspaces.input_uses, counts[1]),
+            (self.outputs, workspaces.output_rows, workspaces.outputs, workspaces.output_uses, counts[2]),
         )
 
-        def merge_part(job: tuple[int, int]) -> None:
-            table, part = job
-            scratch = workspaces.segments_per_row[table], workspaces.uses_per_row[table]
-            self._kernels.merge_changes(*tables[table], lr, *scratch, part, threads)
+        def merge_part(part: int) -> None:
+            for table, scratch in zip(tables, workspaces.row_totals, strict=True):
+                self._kernels.merge_changes(*table, lr, *scratch, part, threads)
 
-        list(self._pool.map(merge_part, [(table, part) for table in range(2) for part in range(threads)]))
-        return sum(result[0] for result in results), sum(result[1] for result in results)
+        self._run_in_threads(merge_part)
+        return float(losses.sum()), int(counts[0].sum())
+
+    def _run_in_threads(self, work: Callable[[int], None]) -> None:
+        """Call `work` with 0, 1, ..., one number for each thread. A step has few calls, because each takes as long as 50 ids."""
+        others = [self._pool.submit(work, part) for part in range(1, self._threads)]
+        work(0)
+        for other in others:
+            other.result()
 
     def tables(self) -> dict[str, np.ndarray]:
         """Return the complete training state by name. To restore the state, write into these arrays."""
@@ -145,26 +149,23 @@ class Workspaces:
         self.outputs = np.empty((SEGMENTS, outputs, width), np.float32)
         self.input_rows, self.input_uses = np.empty((2, SEGMENTS, inputs), np.int32)
         self.output_rows, self.output_uses = np.empty((2, SEGMENTS, outputs), np.int32)
-        self.segments_per_row = np.zeros((2, names), np.int32)
-        self.uses_per_row = np.zeros((2, names), np.int32)
+        self.row_totals = np.zeros((2, 2, names), np.int32)
+        """For the inputs and the outputs: the segments and the uses per row, two zeroed arrays for `kernels.merge_changes`."""
 
-    def of_segment(self, segment: int) -> Sequence[np.ndarray]:
-        """Return the arrays for one segment, in the field order of `kernels.Workspace`."""
-        return [
-            array[segment]
-            for array in (
-                self.kept,
-                self.negatives,
-                self.input_slots,
-                self.output_slots,
-                self.inputs,
-                self.outputs,
-                self.input_rows,
-                self.output_rows,
-                self.input_uses,
-                self.output_uses,
-            )
-        ]
+    def arrays(self) -> Sequence[np.ndarray]:
+        """Return the arrays in the field order of `kernels.Workspace`."""
+        return (
+            self.kept,
+            self.negatives,
+            self.input_slots,
+            self.output_slots,
+            self.inputs,
+            self.outputs,
+            self.input_rows,
+            self.output_rows,
+            self.input_uses,
+            self.output_uses,
+        )
 
 
 def alias_table(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

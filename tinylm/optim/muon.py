@@ -224,7 +224,7 @@ class Muon(WithoutDynamo, torch.optim.Optimizer):
 
     def _orthogonalize_blocks(self, updates: Sequence[tuple[Tensor, tuple[int, ...]]], group: dict[str, Any]) -> list[Tensor]:
         """Orthogonalize and scale every row block in each update. `updates` contains pairs (update, rows per block)."""
-        matrices = _split_all(*zip(*updates, strict=True))
+        matrices = _split_all([update for update, _ in updates], [blocks for _, blocks in updates])
         if group["orthogonalization"] == "rational":
             orthogonal = rational.orthogonalize([matrix.to(self._dtype) for matrix in matrices])
             results = iter([result.mul_(_scale(result)) for result in orthogonal])
