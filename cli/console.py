@@ -61,7 +61,8 @@ WEIGHTS = typer.Option(
 DECODING_WEIGHTS = typer.Option(
     None,
     "--weights",
-    help="Weight format: fp32, bf16 or int8 (only on a CPU). Default: bf16 if compiled decoding or the GPU supports it, else fp32.",
+    help="Weight format: fp32, bf16 or, on a CPU, int8. Default on a CPU: fp32, but with weights rounded to bf16 if compiled "
+    "decoding supports the model. Default on a GPU: bf16 for transformers if the GPU supports it, else fp32.",
 )
 COMPILE = typer.Option(
     None,

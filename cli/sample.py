@@ -189,7 +189,7 @@ def sample(
 
     target = resolve(device)
     from tinylm.generation.engine import DEFAULT_ROWS, Request
-    from tinylm.generation.ensemble import make_ensemble_decoder
+    from tinylm.generation.ensemble import make_ensemble_decoder, members_of
     from tinylm.generation.precompile import compile_in_background
     from tinylm.generation.sampling import SamplingOptions
     from tinylm.model.decoder import should_compile_for_later
@@ -207,11 +207,9 @@ def sample(
     reporter = ConsoleReporter(console, quiet=quiet)
     batches = -(-len(inputs) * max(count, best_of or 0) // DEFAULT_ROWS)
     steps = None if interactive else batches * max_new_tokens
-    networks = [member.run.network(member.checkpoint, target) for member in opened.members]
-    compile_later = compiled is None and any(should_compile_for_later(network, steps) for network in networks)
+    networks = (member.run.network(member.checkpoint, target) for member in opened.members)
     decoder = make_ensemble_decoder(networks, weights=weight_kind, compiled=compiled, steps=steps, reporter=reporter)
-    del networks  # the decoder has its own copy of the weights
-    if compile_later:
+    if compiled is None and any(should_compile_for_later(member, steps) for member in members_of(decoder)):
         ctx.call_on_close(partial(compile_in_background, reporter))
     _warn_about_unknown_characters(tokenizer, inputs, reporter)
     generation = _Generation(decoder, tokenizer, template, count)

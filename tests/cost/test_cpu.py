@@ -12,6 +12,7 @@ import pytest
 from tinylm.cost import cpu
 from tinylm.cost.cpu import (
     AMX_SPEEDUP,
+    AVX512_BF16_SPEEDUP,
     LAUNCH_SECONDS,
     MATMUL_EFFICIENCY,
     SCORE_SECONDS,
@@ -38,12 +39,16 @@ def test_the_step_time_matches_a_hand_calculation() -> None:
     assert seconds.total == pytest.approx(seconds.passes + seconds.optimizer)
 
 
-def test_matrix_products_in_bf16_are_faster_with_amx() -> None:
+def test_matrix_products_in_bf16_are_faster_with_amx_or_avx512_bf16() -> None:
     fp32, bf16 = (step_seconds(MACHINE, replace(WORK, precision=precision)) for precision in ("fp32", "bf16"))
     assert bf16.matmul == pytest.approx(fp32.matmul / AMX_SPEEDUP)
     assert MACHINE.peak_flops("fp32") == MACHINE.matmul_flops_in("fp32")
     assert MACHINE.matmul_flops_in("fp32") < MACHINE.matmul_flops_in("bf16") < MACHINE.peak_flops("bf16")
-    assert step_seconds(replace(MACHINE, has_amx=False), replace(WORK, precision="bf16")).matmul > 50 * bf16.matmul
+    without_amx, in_bf16 = replace(MACHINE, has_amx=False), replace(WORK, precision="bf16")
+    assert step_seconds(without_amx, in_bf16).matmul > 50 * fp32.matmul
+    assert step_seconds(replace(without_amx, has_avx512_bf16=True), in_bf16).matmul == pytest.approx(
+        fp32.matmul / AVX512_BF16_SPEEDUP
+    )
 
 
 @pytest.mark.parametrize("count", ["matmul_flops", "elementwise_bytes", "scores", "kernels", "state_bytes", "update_kernels"])

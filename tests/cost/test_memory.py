@@ -262,7 +262,14 @@ def test_the_compiled_loss_needs_memory_for_a_chunk_of_logits_and_its_gradient(p
 
 
 @pytest.mark.parametrize(
-    "settings", [{"newton_schulz_dtype": "bf16"}, {"newton_schulz_dtype": "fp32"}, {"orthogonalization": "rational"}], ids=str
+    "settings",
+    [
+        {"newton_schulz_dtype": "bf16"},
+        {"newton_schulz_dtype": "fp32"},
+        {"orthogonalization": "rational"},
+        {"orthogonalization": "rational", "cautious_weight_decay": True},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("parts", [{}, {"preset": "llama", "n_kv_head": 1}, {"ngram_embeddings": [2, 3]}])
 def test_muon_bytes_match_the_peak_of_a_muon_step(parts: dict[str, Any], settings: dict[str, str]) -> None:

@@ -174,6 +174,23 @@ def test_by_default_weights_are_rounded_to_bf16_with_and_without_compilation(pre
 
 
 @torch.inference_mode()
+def test_long_prompts_have_the_same_logits_with_and_without_compilation() -> None:
+    network, prompt = model("modern", context_length=64), ids(1, 50)[0]
+    logits = []
+    for uses_numba in (True, False):
+        decoder = make_decoder(network, weights=None, compiled=uses_numba, steps=None, reporter=SILENT)
+        logits.append(decoder.prefill(decoder.new_state(1), 0, prompt))
+    torch.testing.assert_close(*logits, atol=3e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_weights_are_not_rounded_if_compiled_decoding_does_not_support_the_model() -> None:
+    network, tokens = model(parallel_residual=True), ids(1, 12)
+    decoder = make_decoder(network, weights=None, compiled=None, steps=None, reporter=SILENT)
+    torch.testing.assert_close(decoder.prefill(decoder.new_state(1), 0, tokens[0]), network(tokens)[0, -1], atol=3e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
 def test_weights_that_bf16_represents_exactly_take_two_bytes() -> None:
     network = model("modern")
     assert set(CompiledStep(network)._matrices["weight_bytes"]) == {0, 4}
@@ -217,13 +234,13 @@ def test_compiled_steps_are_worthwhile_if_they_save_more_time_than_loading_or_co
 
 
 def test_code_that_is_not_on_disk_is_compiled_for_later_if_a_short_generation_would_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = model()
-    assert not should_compile_for_later(network, 200), "the code is already on disk"
+    uncompiled = Decoder(model())
+    assert not should_compile_for_later(uncompiled, 200), "the code is already on disk"
     monkeypatch.setattr(NativeFunction, "is_compiled", lambda self: False)
-    assert should_compile_for_later(network, 200)
-    assert not should_compile_for_later(network, 10)
-    assert not should_compile_for_later(model(parallel_residual=True), 200)
-    assert not should_compile_for_later(network, None), "the code is compiled before the first step"
+    assert should_compile_for_later(uncompiled, 200)
+    assert not should_compile_for_later(uncompiled, 10)
+    assert not should_compile_for_later(Decoder(model(parallel_residual=True)), 200)
+    assert not should_compile_for_later(Decoder(model(), compiled=True), 200), "the code was compiled before the first step"
 
 
 def test_a_compilation_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -479,7 +479,7 @@ def test_a_decoder_created_inside_the_context_calls_the_functions_at_every_step(
 
     with network.hooks({"blocks.0.resid_mid": steer}):
         expected = network(tokens)
-        decoder = make_decoder(network, weights="fp32", compiled=None, steps=None, reporter=SILENT)
+        decoder = make_decoder(network, weights=None, compiled=None, steps=None, reporter=SILENT)
         state = decoder.new_state(2)
         prefilled = torch.stack([decoder.prefill(state, row, tokens[row, :9]) for row in range(2)])
         torch.testing.assert_close(prefilled, expected[:, 8], atol=1e-5, rtol=1e-5)

@@ -56,7 +56,8 @@ _EVALUATION_WIDTHS = 32
 wide feed-forward layer, and queries, keys and values."""
 
 _RATIONAL_BATCH_ELEMENTS = 1 << 20
-"""Muon orthogonalizes this many elements of Gram matrices together with a rational function. They fit in a core's cache."""
+"""Maximum number of elements in the Gram matrices that `tinylm.optim.rational` processes as one batch (4 MiB in float32). Larger
+batches are not faster, because they do not fit in the caches."""
 LAPACK_ROWS = 48
 """Larger matrices are inverted in blocks. LAPACK's small factorizations are far slower than matrix products."""
 MMAP_THRESHOLD = 32 << 20
@@ -335,23 +336,28 @@ def activation_bytes(model: TransformerSection, config: PassConfig) -> int:
     return saved + max(loss_bytes(model, config), backward)
 
 
-def muon_bytes(shapes: Counter[tuple[int, int]], optimizer: MuonOptimizer) -> int:
+def muon_bytes(shapes: Counter[tuple[int, int]], optimizer: MuonOptimizer, *, stores_results: bool = False) -> int:
     """Return the peak bytes of a Muon step, excluding its state. `shapes` counts the matrices by shape.
 
-    They consist of the float32 updates before orthogonalization, the updates that are already orthogonalized, and the temporaries
-    of the Newton-Schulz iteration. The iteration processes all matrices with the same shape as one stack. Its temporaries are the
-    stack, the matrices before and after an iteration, and two Gram matrices. In bf16, the results are cast to float32 when the
-    weights are updated. A rational function needs two (n, n) matrices for each matrix of a batch, and memory to invert one of them.
-    The weights are updated at once, unless weight decay is cautious.
+    With Newton-Schulz iterations, they consist of the float32 updates before orthogonalization, the updates that are already
+    orthogonalized, and the temporaries of the iteration. The iteration processes all matrices with the same shape as one stack. Its
+    temporaries are the stack, the matrices before and after an iteration, and two Gram matrices. In bf16, the results are cast to
+    float32 when the weights are updated. A rational function needs two (n, n) matrices for each matrix of a batch, memory to invert
+    one of them, and the result of the previous batch. Its last matrix product also updates the weights. With `stores_results`, as
+    in float16 or with `fsdp`, and with cautious weight decay, it instead stores the orthogonalized updates.
     """
     elements = sum(rows * columns * count for (rows, columns), count in shapes.items())
     if optimizer.orthogonalization == "rational":
         counts: Counter[int] = Counter()
         for shape, count in shapes.items():
             counts[min(shape)] += count
-        results = 4 * elements if optimizer.cautious_weight_decay else 0
-        batches = ((8 * n * n + _inverse_bytes(n)) * min(count, rational_batch(n)) for n, count in counts.items())
-        return 4 * elements + results + max(batches)
+        results = 4 * elements if stores_results or optimizer.cautious_weight_decay else 0
+        peaks = []
+        for n, count in counts.items():
+            batch = min(count, rational_batch(n))
+            previous = 4 * n * n * batch if batch < count else 0
+            peaks.append(previous + (8 * n * n + _inverse_bytes(n)) * batch)
+        return 4 * elements + max(max(peaks), results)
     bf16 = optimizer.computes_in_bf16
     e = 2 if bf16 else 4
     peak = done = 0
@@ -364,12 +370,12 @@ def muon_bytes(shapes: Counter[tuple[int, int]], optimizer: MuonOptimizer) -> in
 
 
 def rational_batch(n: int) -> int:
-    """Return the maximum number of (n, n) matrices that Muon processes together with a rational function."""
+    """Return the maximum number of (n, n) Gram matrices in one batch of `tinylm.optim.rational`."""
     return max(1, _RATIONAL_BATCH_ELEMENTS // (n * n))
 
 
 def _inverse_bytes(n: int) -> int:
-    """Return the peak bytes to invert an (n, n) matrix by blocks (see `tinylm.optim.rational`), including those of its blocks."""
+    """Return the peak bytes of temporaries when an (n, n) matrix is inverted by blocks (see `tinylm.optim.rational`)."""
     if n <= LAPACK_ROWS:
         return 8 * n * n  # the Cholesky factor and the inverse
     half = n // 2

@@ -140,7 +140,7 @@ def estimate_on_cpu(
     if training.precision != "auto":
         precision: ComputeDtype = training.precision
     else:
-        faster = machine.has_amx and seconds("bf16").passes < CLEARLY_FASTER * seconds("fp32").passes
+        faster = machine.has_fast_bf16 and seconds("bf16").passes < CLEARLY_FASTER * seconds("fp32").passes
         precision = "bf16" if faster else "fp32"
     micro = choose_micro_batch(recipe, vocab_size, host, CPU_MICRO_BATCH_TOKENS, half=precision != "fp32", size=size)
     compiled = training.compile not in (False, "auto")
@@ -358,10 +358,10 @@ def _muon_bytes(optimizer: Optimizer) -> int:
 
 
 def _muon_flops(shapes: Counter[tuple[int, int]], optimizer: Optimizer) -> int:
-    """Return the FLOPs of the orthogonalization. A Zolotarev function takes about as long as one Newton-Schulz iteration."""
+    """Return the FLOPs of the orthogonalization. A rational function takes about as long as one Newton-Schulz iteration."""
     if not isinstance(optimizer, MuonOptimizer):
         return 0
-    steps = 1 if optimizer.orthogonalization == "zolotarev" else optimizer.newton_schulz_steps
+    steps = 1 if optimizer.orthogonalization == "rational" else optimizer.newton_schulz_steps
     return sum(count * cpu.newton_schulz_flops(*shape, steps) for shape, count in shapes.items())
 
 

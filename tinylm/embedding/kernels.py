@@ -324,7 +324,7 @@ def _of_segment(work: Any, segment: int) -> Any:
 
 
 @_compiled
-def skip_gram_segments(
+def train_segments(
     ids: Any,
     seeds: Any,
     inputs: Any,
@@ -334,41 +334,23 @@ def skip_gram_segments(
     lr: Any,
     losses: Any,
     counts: Any,
+    is_skip_gram: bool,
     part: int,
     parts: int,
 ) -> None:
-    """Call `skip_gram` for the segments `part`, `part + parts`, ... of a step, and store its results.
+    """Call `skip_gram` or `cbow` for the segments `part`, `part + parts`, ... of a step, and store its results.
 
-    `ids` are those of the whole step, and `seeds` contains one number per segment. `losses` is (segments,), and `counts`, (3,
-    segments), contains the numbers of pairs and of input and output slots in use.
+    `ids` contains the ids of all segments, and `seeds` one number per segment. `losses` is (segments,). `counts`, (3, segments),
+    contains the numbers of pairs or positions, input slots and output slots.
     """
     P = work.kept.shape[1]
     for segment in range(part, len(seeds), parts):
         own_ids, own_work = ids[segment * P : (segment + 1) * P], _of_segment(work, segment)
-        loss, pairs, used_inputs, used_outputs = skip_gram(own_ids, seeds[segment], inputs, outputs, constants, own_work, lr)
-        losses[segment], counts[0, segment], counts[1, segment], counts[2, segment] = loss, pairs, used_inputs, used_outputs
-
-
-@_compiled
-def cbow_segments(
-    ids: Any,
-    seeds: Any,
-    inputs: Any,
-    outputs: Any,
-    constants: Any,
-    work: Any,
-    lr: Any,
-    losses: Any,
-    counts: Any,
-    part: int,
-    parts: int,
-) -> None:
-    """Call `cbow` like `skip_gram_segments`."""
-    P = work.kept.shape[1]
-    for segment in range(part, len(seeds), parts):
-        own_ids, own_work = ids[segment * P : (segment + 1) * P], _of_segment(work, segment)
-        loss, positions, used_inputs, used_outputs = cbow(own_ids, seeds[segment], inputs, outputs, constants, own_work, lr)
-        losses[segment], counts[0, segment], counts[1, segment], counts[2, segment] = loss, positions, used_inputs, used_outputs
+        if is_skip_gram:
+            result = skip_gram(own_ids, seeds[segment], inputs, outputs, constants, own_work, lr)
+        else:
+            result = cbow(own_ids, seeds[segment], inputs, outputs, constants, own_work, lr)
+        losses[segment], counts[0, segment], counts[1, segment], counts[2, segment] = result
 
 
 @_compiled

@@ -59,8 +59,6 @@ class Word2Vec:
         self._segment_length = SEGMENT_LENGTHS[method.name]
         self._workspaces = Workspaces(names, width, method.negatives, self._segment_length)
         self._work = self._kernels.Workspace(*self._workspaces.arrays())
-        is_skip_gram = isinstance(method, SkipGramMethod)
-        self._train_segments = self._kernels.skip_gram_segments if is_skip_gram else self._kernels.cbow_segments
         self._train(np.empty(0, np.int32), 0, np.float32(0))  # compile now, so that compilation does not count as training time
         self.steps_per_epoch = -(-text.length // (SEGMENTS * self._segment_length))
         self.steps = self.steps_per_epoch * method.epochs
@@ -101,8 +99,9 @@ class Word2Vec:
         losses, counts = np.empty(SEGMENTS), np.empty((3, SEGMENTS), np.int64)
 
         def train_part(part: int) -> None:
-            step = ids, seeds, self.inputs, self.outputs, self._constants, self._work, lr, losses, counts
-            self._train_segments(*step, part, threads)
+            tables, is_skip_gram = (self.inputs, self.outputs), isinstance(self._method, SkipGramMethod)
+            arrays = ids, seeds, *tables, self._constants, self._work, lr, losses, counts
+            self._kernels.train_segments(*arrays, is_skip_gram, part, threads)
 
         self._run_in_threads(train_part)
         tables = (
@@ -118,7 +117,10 @@ class Word2Vec:
         return float(losses.sum()), int(counts[0].sum())
 
     def _run_in_threads(self, work: Callable[[int], None]) -> None:
-        """Call `work` with 0, 1, ..., one number for each thread. A step has few calls, because each takes as long as 50 ids."""
+        """Call `work(part)` once per thread, with `part` from 0 to `threads` - 1.
+
+        Starting a call takes as long as training on about 50 ids, so a step makes only a few calls.
+        """
         others = [self._pool.submit(work, part) for part in range(1, self._threads)]
         work(0)
         for other in others:
@@ -150,7 +152,7 @@ class Workspaces:
         self.input_rows, self.input_uses = np.empty((2, SEGMENTS, inputs), np.int32)
         self.output_rows, self.output_uses = np.empty((2, SEGMENTS, outputs), np.int32)
         self.row_totals = np.zeros((2, 2, names), np.int32)
-        """For the inputs and the outputs: the segments and the uses per row, two zeroed arrays for `kernels.merge_changes`."""
+        """(table, total, name): `segments_per_row` and `uses_per_row` of `kernels.merge_changes` for the inputs and the outputs."""
 
     def arrays(self) -> Sequence[np.ndarray]:
         """Return the arrays in the field order of `kernels.Workspace`."""

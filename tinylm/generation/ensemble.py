@@ -8,7 +8,8 @@ Legend: `B` active rows, `T` time, `V` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -99,15 +100,23 @@ def _smallest(members: Sequence[DecodingModel[Any]] | Sequence[DecodingState]) -
 
 
 def make_ensemble_decoder(
-    networks: Sequence[Model], *, weights: WeightKind | None, compiled: bool | None, steps: int | None, reporter: Reporter
+    networks: Iterable[Model], *, weights: WeightKind | None, compiled: bool | None, steps: int | None, reporter: Reporter
 ) -> DecodingModel[Any]:
     """Make a decoder for the mean distribution of `networks`, or for a single network. See `make_decoder`.
 
-    Each network chooses on its own whether its step is compiled. A message that concerns several networks is reported once.
+    Each network chooses on its own whether its step is compiled. A message that concerns several networks is reported once. If
+    `networks` is an iterator, the weights of a network are freed as soon as its decoder has its own copy.
     """
-    once = _ReportOnce(reporter)
-    members = [make_decoder(network, weights=weights, compiled=compiled, steps=steps, reporter=once) for network in networks]
+    once, remaining, members = _ReportOnce(reporter), iter(networks), []
+    with suppress(StopIteration):
+        while True:  # not a for loop, whose variable would keep the network
+            members.append(make_decoder(next(remaining), weights=weights, compiled=compiled, steps=steps, reporter=once))
     return members[0] if len(members) == 1 else EnsembleDecoder(members)
+
+
+def members_of(decoder: DecodingModel[Any]) -> Sequence[DecodingModel[Any]]:
+    """Return the members of an ensemble, or the decoder itself."""
+    return decoder.members if isinstance(decoder, EnsembleDecoder) else [decoder]
 
 
 class _ReportOnce(Reporter):

@@ -73,8 +73,13 @@ def is_worthwhile(network: Transformer, steps: int | None, *, once_compiled: boo
     if not is_supported(network):
         return False
     cost = _LOAD_SECONDS if once_compiled or DECODING_STEP.is_compiled() else _COMPILE_SECONDS
-    weight_bytes = sum(4 * parameter.numel() for parameter in network.parameters())
+    weight_bytes = sum(4 * tensor.numel() for tensor in (*network.parameters(), *network.buffers()))  # packed weights are buffers
     return steps is None or steps * (_SAVED_SECONDS_PER_STEP + _SAVED_SECONDS_PER_BYTE * weight_bytes) > cost
+
+
+def is_compiled() -> bool:
+    """Whether the code of a step has been compiled for this CPU."""
+    return DECODING_STEP.is_compiled()
 
 
 def load_code(report: Callable[[str], None]) -> None:
@@ -87,9 +92,9 @@ def load_code(report: Callable[[str], None]) -> None:
 class CompiledStep:
     """Compiled versions of `Decoder.step` and `Decoder.prefill`, for packed and plain networks on the CPU.
 
-    The network's matrices are copied, and its embeddings are read in place. Matrices are copied to bfloat16 if that does not
-    change their values, because a step takes about as long as reading them from memory. Raises `InputError` if the network or the
-    CPU is not supported.
+    The network's matrices are copied, and its embeddings are read in place. Matrices whose
+    values bfloat16 represents exactly are stored in bfloat16: the speed of a step is limited by memory bandwidth, and this halves
+    the bytes that it reads. Raises `InputError` if the network or the CPU is not supported.
     """
 
     def __init__(self, network: Transformer) -> None:
@@ -214,9 +219,9 @@ class CompiledStep:
         weight, scale = _weight_and_scale(linear)
         outputs = len(weight) // parts
         rows = slice(part * outputs, (part + 1) * outputs)
-        record = self._matrices[index : index + 1]
-        record["weight_bytes"], record["inputs"], record["outputs"] = weight.element_size(), weight.shape[1], outputs
-        self._weights.add_tiles(record, "weights", weight[rows], records.TILE, records.PANEL)
+        record, dtype = self._matrices[index : index + 1], weight.dtype if scale is not None else _smallest_dtype(weight[rows])
+        record["weight_bytes"], record["inputs"], record["outputs"] = dtype.itemsize, weight.shape[1], outputs
+        self._weights.add_tiles(record, "weights", weight[rows], records.TILE, records.PANEL, dtype)
         for field, vector in (("scales", scale), ("biases", linear.bias)):
             if vector is not None:
                 self._weights.add_vector(record, field, cast(Tensor, vector)[rows])
@@ -251,10 +256,12 @@ def _weight_and_scale(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     if isinstance(linear, Int8Linear):
         return linear.weight[:, : linear.inputs], linear.scale.float()
     weight = cast(Tensor, linear.weight).detach()
-    half = weight.bfloat16()
-    if torch.equal(half.to(weight.dtype), weight):
-        weight = half
     return weight.t() if isinstance(linear, TransposedLinear) else weight, None
+
+
+def _smallest_dtype(weight: Tensor) -> torch.dtype:
+    """Return bfloat16 if it represents all values exactly, else the dtype of `weight`."""
+    return torch.bfloat16 if torch.equal(weight.bfloat16().to(weight.dtype), weight) else weight.dtype
 
 
 def round_up(size: int) -> int:
@@ -277,15 +284,15 @@ class WeightArena:
 
     def __init__(self) -> None:
         self._memory: np.ndarray | None = None
-        self._entries: list[tuple[np.ndarray, str, Tensor, tuple[int, ...]]] = []
+        self._entries: list[tuple[np.ndarray, str, Tensor, tuple[int, ...], torch.dtype]] = []
 
-    def add_tiles(self, record: np.ndarray, field: str, matrix: Tensor, tile: int, panel: int) -> None:
-        """Register a matrix (outputs, inputs). It is stored as (panels, inputs, `panel`), zero-padded to whole tiles."""
+    def add_tiles(self, record: np.ndarray, field: str, matrix: Tensor, tile: int, panel: int, dtype: torch.dtype) -> None:
+        """Register a matrix (outputs, inputs). It is stored in `dtype` as (panels, inputs, `panel`), zero-padded to whole tiles."""
         outputs, inputs = matrix.shape
-        self._entries.append((record, field, matrix, (-(-outputs // tile) * tile // panel, inputs, panel)))
+        self._entries.append((record, field, matrix, (-(-outputs // tile) * tile // panel, inputs, panel), dtype))
 
     def add_vector(self, record: np.ndarray, field: str, vector: Tensor) -> None:
-        self._entries.append((record, field, vector.detach().float(), vector.shape))
+        self._entries.append((record, field, vector.detach(), vector.shape, torch.float32))
 
     def add_norm(self, record: np.ndarray, name: str, norm: nn.Module | None) -> None:
         """Register the parameters of a norm, for the fields `NAME_gain` and `NAME_bias` of a record."""
@@ -294,11 +301,11 @@ class WeightArena:
                 self.add_vector(record, f"{name}_{field}", vector)
 
     def allocate(self) -> None:
-        sizes = [math.prod(shape) * tensor.element_size() for _, _, tensor, shape in self._entries]
+        sizes = [math.prod(shape) * dtype.itemsize for _, _, _, shape, dtype in self._entries]
         self._memory, address = aligned_zeros(sum(map(round_up, sizes)))
         memory, start = torch.from_numpy(self._memory), address - self._memory.ctypes.data
-        for size, (record, field, tensor, shape) in zip(sizes, self._entries, strict=True):
-            target = memory[start : start + size].view(tensor.dtype).view(shape)
+        for size, (record, field, tensor, shape, dtype) in zip(sizes, self._entries, strict=True):
+            target = memory[start : start + size].view(dtype).view(shape)
             if tensor.ndim == 2:
                 full_panels, rest = divmod(len(tensor), shape[-1])
                 target[:full_panels] = tensor[: len(tensor) - rest].reshape(full_panels, shape[-1], shape[-2]).transpose(1, 2)

@@ -157,7 +157,7 @@ class CompiledTranslation:
         weight = linear.weight.detach()[rows]
         record = self._matrices[index : index + 1]
         record["weight_bytes"], record["inputs"], record["outputs"] = 4, weight.shape[1], len(weight)
-        self._weights.add_tiles(record, "weights", weight, step_records.TILE, step_records.PANEL)
+        self._weights.add_tiles(record, "weights", weight, step_records.TILE, step_records.PANEL, weight.dtype)
         if linear.bias is not None:
             self._weights.add_vector(record, "biases", linear.bias[rows])
 

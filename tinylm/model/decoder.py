@@ -25,7 +25,7 @@ from tinylm.host_copy import on_device
 from tinylm.model import compiled_recurrent
 from tinylm.model.base import Model
 from tinylm.model.cache import KVCache, LayerCache
-from tinylm.model.compiled import CompiledStep, is_supported, is_worthwhile, load_code
+from tinylm.model.compiled import CompiledStep, is_compiled, is_supported, is_worthwhile, load_code
 from tinylm.model.full_pass import FullPassDecoder
 from tinylm.model.functions import at_least_float32, attention_without_cudnn
 from tinylm.model.graphs import CUDAGraphs, GraphBackend, GraphedSteps
@@ -66,8 +66,9 @@ def make_decoder(
 ) -> DecodingModel[Any]:
     """Make a decoder for about `steps` steps (None: unlimited).
 
-    `weights=None` means bf16 for a transformer on a GPU with bf16 units. On a CPU, if the compiled step supports the network, it
-    means weights rounded to bf16 and computation in float32, whether or not the step is compiled. Otherwise, it means fp32.
+    `weights=None` means bf16 for a transformer on a GPU with bf16 units. For a transformer on a CPU that the compiled step supports
+    and that has no functions at its hook points, it rounds the weights to bf16 and computes in float32, even if the step is not
+    compiled. Otherwise, it means fp32.
     `compiled=None` compiles the step on a CPU, or captures it in CUDA graphs on a GPU, if that saves time.
 
     Reports a note if decoding with a KV cache does not support a part of the network. Raises `InputError` if the network cannot
@@ -109,14 +110,11 @@ def make_decoder(
     return _transformer_decoder(network, weights, compiled)
 
 
-def should_compile_for_later(network: nn.Module, steps: int | None) -> bool:
-    """Whether `make_decoder` does not compile the step for `steps` steps, but would use it if it had been compiled before."""
-    return (
-        isinstance(network, Transformer)
-        and not has_functions(network)
-        and is_worthwhile(network, steps, once_compiled=True)
-        and not is_worthwhile(network, steps)
-    )
+def should_compile_for_later(decoder: DecodingModel[Any], steps: int | None) -> bool:
+    """Whether `make_decoder` did not compile a step for `steps` steps, but would use it if it had been compiled before."""
+    if not isinstance(decoder, Decoder) or decoder.uses_numba or is_compiled():
+        return False
+    return is_worthwhile(decoder.network, steps, once_compiled=True)
 
 
 def _default_weights(network: nn.Module) -> WeightKind:

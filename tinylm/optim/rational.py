@@ -1,9 +1,10 @@
 """Orthogonalize matrices with a rational function of their singular values.
 
 The function f(x) = x (ALPHA + GAMMA x^2 + BETA / (x^2 + SHIFT)) is applied to the singular values of a matrix X that is divided by
-the square root of the Frobenius norm of X X^T. This norm is an upper bound on the largest singular value, and is never larger than
-the Frobenius norm of X. No other function of this form brings values in [0.015, 1] as close to 1: it maps them to 1 +- 0.181. Like
-the Zolotarev functions of Nakatsukasa & Freund 2016, it needs an inverse, but only one, and it uses the Gram matrix once more.
+the square root of the Frobenius norm of X X^T. This square root is at least the largest singular value of X and at most the
+Frobenius norm of X. No other function of this form brings values in [0.015, 1] as close to 1: it maps them to 1 +- 0.181. A
+Zolotarev function with two poles (Nakatsukasa & Freund 2016) needs two inverses. This function needs one inverse and a term in the
+Gram matrix.
 
 Legend: `N` matrices, each with `R` rows and `C` columns; `n` is the smaller of the two.
 """
@@ -18,9 +19,12 @@ from torch import Tensor
 
 from tinylm.cost.memory import LAPACK_ROWS, rational_batch
 
+_SMALLEST_NORM = 1e-14
+"""Matrices X whose X X^T has a smaller norm are divided by the square root of this number, so that they stay small."""
 LOWER_BOUND = 0.015
 """The smallest singular value, relative to the upper bound on the largest, that is brought close to 1."""
 ALPHA, BETA, GAMMA, SHIFT = 2.279988, 0.07809701, -1.539035, 1.26776e-3
+"""The coefficients of f that minimize the maximum of |f(x) - 1| for x in [LOWER_BOUND, 1], found numerically."""
 
 
 def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
@@ -72,11 +76,12 @@ def _transform_batch(matrices: Sequence[Tensor]) -> Tensor:
     grams = matrices[0].new_empty((len(matrices), n, n))
     for matrix, gram in zip(matrices, grams, strict=True):
         _write_gram(matrix, gram)
-    norms = grams.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(1e-14)[:, None, None]  # (N, 1, 1)
-    grams /= norms  # the largest element is now 1, so that its square does not overflow
-    relative_norms = grams.flatten(1).norm(dim=1).clamp_min(1e-14)[:, None, None]
-    grams /= relative_norms
-    norms *= relative_norms
+    largest = grams.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(_SMALLEST_NORM)[:, None, None]  # (N, 1, 1)
+    grams /= largest  # so that squares do not overflow
+    norms = grams.flatten(1).norm(dim=1)[:, None, None]
+    norms = torch.maximum(norms, _SMALLEST_NORM / largest)
+    grams /= norms
+    norms *= largest
     result = grams.clone()
     result.diagonal(dim1=-2, dim2=-1).add_(SHIFT)
     _invert(result)
