@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tinylm.optim import rational
 from tinylm.optim.muon import Muon
-from tinylm.optim.rational import ALPHA, BETA, GAMMA, LOWER_BOUND, SHIFT, orthogonalize, subtract_orthogonalized
+from tinylm.optim.rational import ALPHA, BETA, GAMMA, LOWER_BOUND, SHIFT, orthogonalize
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -72,19 +72,13 @@ def test_the_scale_of_a_matrix_does_not_matter_unless_it_is_nearly_zero(scale: f
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_batches_do_not_change_the_results(monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
+def test_every_batch_size_gives_the_same_results(monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
     matrices = [
         _random(*shape, seed=seed) for seed, shape in enumerate([(8, 8), (4, 9), (20, 8), (8, 12), (9, 4), (8, 8), (8, 30)])
     ]
-    weights = [_random(*matrix.shape, seed=10) for matrix in matrices]
-    factors = [0.1 * (index + 1) for index in range(len(matrices))]
     monkeypatch.setattr(rational, "rational_batch", lambda n: batch_size)
-    results = orthogonalize(matrices)
-    updated = [weight.clone() for weight in weights]
-    subtract_orthogonalized(updated, matrices, factors, keep=0.9)
-    for matrix, result, before, after, factor in zip(matrices, results, weights, updated, factors, strict=True):
+    for matrix, result in zip(matrices, orthogonalize(matrices), strict=True):
         torch.testing.assert_close(result.double(), _expected(matrix), atol=1e-4, rtol=0)
-        torch.testing.assert_close(after, 0.9 * before - factor * result, atol=1e-5, rtol=1e-5)
 
 
 def test_a_zero_matrix_stays_zero() -> None:

@@ -336,28 +336,18 @@ def activation_bytes(model: TransformerSection, config: PassConfig) -> int:
     return saved + max(loss_bytes(model, config), backward)
 
 
-def muon_bytes(shapes: Counter[tuple[int, int]], optimizer: MuonOptimizer, *, stores_results: bool = False) -> int:
+def muon_bytes(shapes: Counter[tuple[int, int]], optimizer: MuonOptimizer) -> int:
     """Return the peak bytes of a Muon step, excluding its state. `shapes` counts the matrices by shape.
 
-    With Newton-Schulz iterations, they consist of the float32 updates before orthogonalization, the updates that are already
-    orthogonalized, and the temporaries of the iteration. The iteration processes all matrices with the same shape as one stack. Its
-    temporaries are the stack, the matrices before and after an iteration, and two Gram matrices. In bf16, the results are cast to
-    float32 when the weights are updated. A rational function needs two (n, n) matrices for each matrix of a batch, memory to invert
-    one of them, and the result of the previous batch. Its last matrix product also updates the weights. With `stores_results`, as
-    in float16 or with `fsdp`, and with cautious weight decay, it instead stores the orthogonalized updates.
+    They consist of the float32 updates before orthogonalization, the updates that are already orthogonalized, and the temporaries
+    of the Newton-Schulz iteration. The iteration processes all matrices with the same shape as one stack. Its temporaries are the
+    stack, the matrices before and after an iteration, and two Gram matrices. In bf16, the results are cast to float32 when the
+    weights are updated. A rational function needs two (n, n) matrices for each matrix of a batch, memory to invert one of them, and
+    the result of the previous batch.
     """
     elements = sum(rows * columns * count for (rows, columns), count in shapes.items())
     if optimizer.orthogonalization == "rational":
-        counts: Counter[int] = Counter()
-        for shape, count in shapes.items():
-            counts[min(shape)] += count
-        results = 4 * elements if stores_results or optimizer.cautious_weight_decay else 0
-        peaks = []
-        for n, count in counts.items():
-            batch = min(count, rational_batch(n))
-            previous = 4 * n * n * batch if batch < count else 0
-            peaks.append(previous + (8 * n * n + _inverse_bytes(n)) * batch)
-        return 4 * elements + max(max(peaks), results)
+        return 4 * elements + _rational_bytes(shapes)
     bf16 = optimizer.computes_in_bf16
     e = 2 if bf16 else 4
     peak = done = 0
@@ -367,6 +357,23 @@ def muon_bytes(shapes: Counter[tuple[int, int]], optimizer: MuonOptimizer, *, st
         peak = max(peak, done + 3 * stack + grams)
         done += stack
     return 4 * elements + max(peak, done + (4 * elements if bf16 else 0))
+
+
+def _rational_bytes(shapes: Counter[tuple[int, int]]) -> int:
+    """Return the peak bytes of the results and temporaries of `tinylm.optim.rational`."""
+    counts: Counter[int] = Counter()
+    elements: Counter[int] = Counter()
+    for (rows, columns), count in shapes.items():
+        counts[min(rows, columns)] += count
+        elements[min(rows, columns)] += rows * columns * count
+    peak = done = 0
+    for n, count in counts.items():
+        batch = min(count, rational_batch(n))
+        before_last_batch = done + 4 * elements[n] * (count - batch) // count
+        done += 4 * elements[n]
+        previous = 4 * n * n * batch if batch < count else 0
+        peak = max(peak, done, before_last_batch + previous + (8 * n * n + _inverse_bytes(n)) * batch)
+    return peak
 
 
 def rational_batch(n: int) -> int:

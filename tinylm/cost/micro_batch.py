@@ -91,10 +91,7 @@ def estimate_memory(
         document_mask=has_document_mask(recipe),
     )
     activations = network.activation_bytes(config)
-    update = 0
-    if isinstance(optimizer, MuonOptimizer):
-        stores_results = precision == "fp16" or shards > 1
-        update = memory.muon_bytes(network.matrix_shapes, optimizer, stores_results=stores_results)
+    update = memory.muon_bytes(network.matrix_shapes, optimizer) if isinstance(optimizer, MuonOptimizer) else 0
     evaluations = network.evaluation_bytes()
     evaluation = max(evaluations)
     gradients = 4 * trained if shards == 1 or accumulates else 4 * trained // shards  # `fsdp` accumulates whole gradients

@@ -142,14 +142,8 @@ class Muon(WithoutDynamo, torch.optim.Optimizer):
             return
         updates = self._nesterov(parameters, group)
         decay = group["lr"] * group["weight_decay"]
-        weights = [_local(parameter) for parameter in parameters]
-        if self._can_subtract_at_once(group, weights):
-            blocks = [self._row_blocks(parameter) for parameter in parameters]
-            weights, matrices = (_split_all(tensors, blocks) for tensors in (weights, updates))
-            factors = [group["lr"] * _scale(matrix) for matrix in matrices]
-            rational.subtract_orthogonalized(weights, matrices, factors, 1 - decay)
-            return
         directions = self._directions(parameters, updates, group)
+        weights = [_local(parameter) for parameter in parameters]
         shrink: float | Tensor = 1 - decay
         if self.found_inf is not None:
             usable = 1 - self.found_inf.double()
@@ -162,11 +156,6 @@ class Muon(WithoutDynamo, torch.optim.Optimizer):
         elif decay:
             torch._foreach_mul_(weights, shrink)
         torch._foreach_add_(weights, directions, alpha=-group["lr"])
-
-    def _can_subtract_at_once(self, group: dict[str, Any], weights: Sequence[Tensor]) -> bool:
-        """Whether the last matrix product of the orthogonalization can also update the weights."""
-        is_plain = self._mesh is None and self.found_inf is None and not group["cautious"]
-        return is_plain and group["orthogonalization"] == "rational" and all(weight.dtype == self._dtype for weight in weights)
 
     def _nesterov(self, parameters: list[Tensor], group: dict[str, Any]) -> tuple[Tensor, ...]:
         """Update the momentum buffers and return the Nesterov update for each parameter or for this process's shard of it."""
@@ -224,7 +213,7 @@ class Muon(WithoutDynamo, torch.optim.Optimizer):
 
     def _orthogonalize_blocks(self, updates: Sequence[tuple[Tensor, tuple[int, ...]]], group: dict[str, Any]) -> list[Tensor]:
         """Orthogonalize and scale every row block in each update. `updates` contains pairs (update, rows per block)."""
-        matrices = _split_all([update for update, _ in updates], [blocks for _, blocks in updates])
+        matrices = [matrix for update, blocks in updates for matrix in torch.split(update, list(blocks))]
         if group["orthogonalization"] == "rational":
             orthogonal = rational.orthogonalize([matrix.to(self._dtype) for matrix in matrices])
             results = iter([result.mul_(_scale(result)) for result in orthogonal])
@@ -235,11 +224,6 @@ class Muon(WithoutDynamo, torch.optim.Optimizer):
     def _row_blocks(self, parameter: Tensor) -> tuple[int, ...]:
         """Return the number of rows in each matrix that a parameter stacks."""
         return self._rows.get(parameter, (parameter.shape[0],))
-
-
-def _split_all(tensors: Sequence[Tensor], rows: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """Split each tensor into matrices with the given numbers of rows."""
-    return [matrix for tensor, blocks in zip(tensors, rows, strict=True) for matrix in torch.split(tensor, list(blocks))]
 
 
 def _scale(matrix: Tensor) -> float:

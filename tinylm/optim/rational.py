@@ -36,14 +36,6 @@ def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
     return results
 
 
-def subtract_orthogonalized(weights: Sequence[Tensor], matrices: Sequence[Tensor], factors: Sequence[float], keep: float) -> None:
-    """Set each weight to `keep * weight - factor * orthogonalized matrix`. The last matrix product also updates the weight."""
-    for index, transform in _transforms(matrices):
-        matrix = matrices[index]
-        left, right = (matrix, transform) if _is_tall(matrix) else (transform, matrix)
-        weights[index].addmm_(left, right, beta=keep, alpha=-factors[index])
-
-
 def _transforms(matrices: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
     """Yield pairs (index, Q) for all matrices X. The result is `X @ Q` if X has more rows than columns, and `Q @ X` otherwise.
 
