@@ -61,7 +61,7 @@ def test_estimates_are_within_a_quarter_of_measured_steps(
 def test_a_rational_function_takes_less_time_than_newton_schulz_iterations() -> None:
     settings = [f"training.optimizer.orthogonalization={name}" for name in ("rational", "newton_schulz")]
     rational, iterations = (cpu_seconds(recipe(setting, IN_FP32, *LARGE), 8192, 8, IDLE, "fp32").optimizer for setting in settings)
-    assert 0.3 * iterations < rational < 0.5 * iterations  # measured on a CPU without AMX: 131 and 395 ms
+    assert 0.3 * iterations < rational < 0.5 * iterations  # measured on a CPU without AMX: 0.35
 
 
 def test_auto_precision_is_bf16_if_the_cpu_computes_bf16_natively_and_faster() -> None:

@@ -59,6 +59,7 @@ class Word2Vec:
         self._segment_length = SEGMENT_LENGTHS[method.name]
         self._workspaces = Workspaces(names, width, method.negatives, self._segment_length)
         self._work = self._kernels.Workspace(*self._workspaces.arrays())
+        self._is_skip_gram = isinstance(method, SkipGramMethod)
         self._train(np.empty(0, np.int32), 0, np.float32(0))  # compile now, so that compilation does not count as training time
         self.steps_per_epoch = -(-text.length // (SEGMENTS * self._segment_length))
         self.steps = self.steps_per_epoch * method.epochs
@@ -99,9 +100,8 @@ class Word2Vec:
         losses, counts = np.empty(SEGMENTS), np.empty((3, SEGMENTS), np.int64)
 
         def train_part(part: int) -> None:
-            tables, is_skip_gram = (self.inputs, self.outputs), isinstance(self._method, SkipGramMethod)
-            arrays = ids, seeds, *tables, self._constants, self._work, lr, losses, counts
-            self._kernels.train_segments(*arrays, is_skip_gram, part, threads)
+            arrays = ids, seeds, self.inputs, self.outputs, self._constants, self._work, lr, losses, counts
+            self._kernels.train_segments(*arrays, self._is_skip_gram, part, threads)
 
         self._run_in_threads(train_part)
         tables = (

@@ -104,7 +104,7 @@ def make_ensemble_decoder(
 ) -> DecodingModel[Any]:
     """Make a decoder for the mean distribution of `networks`, or for a single network. See `make_decoder`.
 
-    Each network chooses on its own whether its step is compiled. A message that concerns several networks is reported once. If
+    Whether a step is compiled is decided for each network. A message that concerns several networks is reported once. If
     `networks` is an iterator, the weights of a network are freed as soon as its decoder has its own copy.
     """
     once, remaining, members = _ReportOnce(reporter), iter(networks), []
